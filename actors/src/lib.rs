@@ -1,0 +1,5 @@
+//! The actors of Playhouse and the traits they drive.
+//!
+//! [`engine`] is what a model actor needs of an engine: requests of tokens in, token events out.
+
+pub mod engine;

@@ -1,0 +1,1 @@
+//! The CPU backend: plain and readable, the oracle for every other device.

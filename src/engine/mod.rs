@@ -1,0 +1,1 @@
+//! Paged KV, scheduler, interpreter, sampler: requests in, token events out.

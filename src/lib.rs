@@ -1,0 +1,23 @@
+//! Playhouse: a supervised runtime for language models on multi-GPU boxes.
+//!
+//! One request goes down, one stream of events comes up. The modules in reading order:
+//!
+//! | module | what it is | may import |
+//! |---|---|---|
+//! | [`dtype`] | block formats of tensor data and their scalar decoders, the reference for every kernel | - |
+//! | [`gguf`] | a checked reader and a writer of GGUF files | `dtype` |
+//! | [`backend`] | what a device must be able to do, and the CPU that does it | `dtype`, `gguf` |
+//! | [`models`] | architectures as data, one row in one table each | `dtype`, `gguf`, `backend` |
+//! | [`engine`] | paged KV, scheduler, interpreter of model descriptions, sampler | all of the above, `actors` |
+//! | [`text`] | tokenizers, detokenizer, chat templates, stop strings | `gguf` |
+//! | [`cli`] | the commands | everyone |
+//!
+//! `ARCHITECTURE.md` has the map, the invariants and the life of one request.
+
+pub mod dtype;
+pub mod gguf;
+pub mod backend;
+pub mod models;
+pub mod engine;
+pub mod text;
+pub mod cli;

@@ -1,0 +1,1 @@
+//! Architectures as data: one row in one table, one file each.

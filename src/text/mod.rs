@@ -1,0 +1,1 @@
+//! Tokens and text: tokenizers, detokenizer, chat templates, stop strings.
