@@ -181,6 +181,22 @@ pub enum RequestError {
     /// A request with this id is alive.
     #[error("request {0:?} is already running")]
     DuplicateId(RequestId),
+    /// The model gave a logit that is not a finite number.
+    #[error("logit of token {token} at index {index} is {found}, expected a finite number")]
+    BadLogits {
+        /// Index of the token that was to be chosen.
+        index: u32,
+        /// The first vocabulary id whose logit is not finite.
+        token: u32,
+        /// What the logit was.
+        found: String,
+    },
+    /// Bias, mask or `min_tokens` forbid every id of the vocabulary.
+    #[error("no token may be chosen at index {index}: bias, mask or min_tokens forbid the whole vocabulary")]
+    NothingToChoose {
+        /// Index of the token that was to be chosen.
+        index: u32,
+    },
     /// The device had no memory left for this request.
     #[error("out of memory: {0}")]
     OutOfMemory(String),

@@ -1,0 +1,50 @@
+//! What the engine asks of a resident model: run one batch, give logits. The engine's only view of weights and devices.
+
+use crate::backend::{BackendError, Batch, MemoryUse};
+
+/// How much a resident model can take in one step. Fixed when it was loaded; the engine never exceeds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepCapacity {
+    /// KV blocks of [`BLOCK_TOKENS`](crate::backend::BLOCK_TOKENS) tokens in the pool.
+    pub n_kv_blocks: usize,
+    /// Most tokens in one [`Batch`].
+    pub max_batch_tokens: usize,
+    /// Most entries of [`Batch::logit_rows`], which is also the most sequences that run at once.
+    pub max_logit_rows: usize,
+}
+
+/// A model whose weights and KV pool are resident on one device. Owned by one thread.
+///
+/// **Invariance.** A row of logits is a function of that sequence's tokens alone: neighbours in the batch, the way the
+/// prompt was cut into steps, and which blocks the KV lies in change no bit of it. The engine's promise of the same
+/// bytes every time rests on this.
+///
+/// **KV ownership.** The model owns the storage; which sequence may use which block is the engine's business. Keys and
+/// values written by one step are there for the next until the engine writes those slots again.
+pub trait StepModel {
+    /// Size of the vocabulary: the length of one row of logits.
+    fn n_vocab(&self) -> usize;
+
+    /// Most tokens a sequence may have; positions `0 .. n_ctx` exist.
+    fn n_ctx(&self) -> usize;
+
+    /// What fits in one step, and the size of the KV pool.
+    fn capacity(&self) -> StepCapacity;
+
+    /// Runs one step: writes the keys and values of every token of `batch` at its slot, and fills `logits` with
+    /// `batch.logit_rows.len() * n_vocab` values, one row after another (resized as needed, old content ignored).
+    ///
+    /// # Errors
+    /// [`BackendError::OutOfMemory`]: nothing of the step may be relied on, but it can be run again.
+    /// [`BackendError::Device`]: the model is lost.
+    fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), BackendError>;
+
+    /// Copies whole KV blocks (`from`, `to`) in every layer, before the next step.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`].
+    fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), BackendError>;
+
+    /// Bytes the model holds on its device.
+    fn memory(&self) -> MemoryUse;
+}
