@@ -13,8 +13,8 @@
 //! size, `F` feed-forward size, `V` vocabulary, `E` experts, `K` experts used per token.
 
 mod batch;
-pub mod cpu;
 mod ops;
+pub mod cpu;
 
 pub use batch::{BLOCK_TOKENS, Batch, SeqSpan};
 pub use ops::{
