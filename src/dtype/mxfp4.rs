@@ -1,0 +1,47 @@
+//! `MXFP4`: blocks of 32 E2M1 values with one E8M0 scale (OCP Microscaling Formats v1.0, sections 5.2 and 5.3.3).
+//! 17 bytes, 4.25 bits per weight.
+//!
+//! Three conventions of GGUF, which differ from other places where MXFP4 is found:
+//!
+//! - The codes of elements 0..16 are the low halves of the 16 bytes, those of 16..32 the high halves.
+//!   (Safetensors of GPT-OSS hold elements `2 i` and `2 i + 1` in byte `i`.)
+//! - [`VALUES`] are the E2M1 values *doubled*, so that they are integers; [`half_scale`] is the E8M0 scale *halved*.
+//! - A scale of 255, NaN in the OCP text, is 2^127 here after halving, like any other exponent; and the code of minus
+//!   zero decodes to plus zero, since the doubled values are integers.
+
+use bytemuck::{Pod, Zeroable};
+
+/// Elements of a block.
+pub const ELEMS: usize = 32;
+
+/// Twice the E2M1 value of each code: sign, two bits of exponent, one of mantissa.
+pub const VALUES: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// 32 elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Block {
+    /// E8M0 scale: `2^(e - 127)`.
+    pub e: u8,
+    /// Element `i` is the low half of byte `i`, element `i + 16` the high half.
+    pub qs: [u8; 16],
+}
+
+const _: () = assert!(size_of::<Block>() == 17 && align_of::<Block>() == 1);
+
+/// `2^(e - 128)`, half the scale that `e` stands for. Exact for every `e`: the two smallest are subnormal.
+#[inline]
+pub const fn half_scale(e: u8) -> f32 {
+    f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (e as u32 - 1) << 23 })
+}
+
+/// `out[i] = half_scale(e) * VALUES[q[i]]`; infinite where that exceeds the range of f32 (`e >= 254`).
+#[inline]
+pub fn decode_block(block: &Block, out: &mut [f32; ELEMS]) {
+    let d = half_scale(block.e);
+    let (low, high) = out.split_at_mut(16);
+    for (i, &byte) in block.qs.iter().enumerate() {
+        low[i] = d * VALUES[(byte & 0x0f) as usize] as f32;
+        high[i] = d * VALUES[(byte >> 4) as usize] as f32;
+    }
+}
