@@ -14,10 +14,10 @@
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the life of one request.
 
-pub mod dtype;
-pub mod gguf;
 pub mod backend;
-pub mod models;
-pub mod engine;
-pub mod text;
 pub mod cli;
+pub mod dtype;
+pub mod engine;
+pub mod gguf;
+pub mod models;
+pub mod text;

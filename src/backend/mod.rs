@@ -13,8 +13,8 @@
 //! size, `F` feed-forward size, `V` vocabulary, `E` experts, `K` experts used per token.
 
 mod batch;
-mod ops;
 pub mod cpu;
+mod ops;
 
 pub use batch::{BLOCK_TOKENS, Batch, SeqSpan};
 pub use ops::{

@@ -1,0 +1,177 @@
+//! The embedded kernels: loaded into a context on first use, launched with a checked configuration.
+
+use crate::error::CudaError;
+use crate::gpu::Gpu;
+use cudarc::driver::sys;
+use std::collections::HashMap;
+use std::ffi::{CString, c_uint, c_void};
+use std::sync::Mutex;
+
+include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
+
+/// Grid, block and dynamic shared memory of a launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Launch {
+    /// Blocks in x, y, z.
+    pub grid: (u32, u32, u32),
+    /// Threads per block in x, y, z.
+    pub block: (u32, u32, u32),
+    /// Bytes of dynamic shared memory per block.
+    pub shared_bytes: u32,
+    /// Start before the preceding kernel ends (programmatic dependent launch, sm_90 and later): the kernel must execute
+    /// `griddepcontrol.wait` before it touches anything the predecessor writes or reads.
+    pub overlap: bool,
+}
+
+impl Launch {
+    /// A launch without dynamic shared memory that waits for its predecessor.
+    pub fn new(grid: (u32, u32, u32), block: (u32, u32, u32)) -> Launch {
+        Launch { grid, block, shared_bytes: 0, overlap: false }
+    }
+}
+
+/// The arguments of a launch, copied by value in the order of the kernel's parameters.
+#[derive(Debug, Default)]
+pub struct Args {
+    /// Each argument in a slot of its own, aligned for any scalar or struct of up to 16 bytes' alignment.
+    slots: Vec<Box<[u128]>>,
+}
+
+impl Args {
+    /// No arguments yet.
+    pub fn new() -> Args {
+        Args::default()
+    }
+
+    /// Appends a scalar, a device pointer or a `#[repr(C)]` struct of parameters.
+    #[must_use]
+    pub fn with<T: Copy + 'static>(mut self, value: T) -> Args {
+        assert!(align_of::<T>() <= align_of::<u128>(), "over-aligned kernel argument");
+        let mut slot = vec![0_u128; size_of::<T>().div_ceil(16).max(1)].into_boxed_slice();
+        // SAFETY: the slot is large enough and aligned; T is Copy.
+        unsafe { slot.as_mut_ptr().cast::<T>().write(value) };
+        self.slots.push(slot);
+        self
+    }
+}
+
+/// A kernel in a context.
+#[derive(Debug, Clone, Copy)]
+pub struct Kernel {
+    function: sys::CUfunction,
+    name: &'static str,
+}
+
+/// The kernels of one context.
+#[derive(Debug)]
+pub struct Kernels {
+    gpu: Gpu,
+    modules: Mutex<HashMap<&'static str, sys::CUmodule>>,
+    functions: Mutex<HashMap<&'static str, Kernel>>,
+}
+
+// SAFETY: module and function handles belong to the context and may be used from any thread that bound it.
+unsafe impl Send for Kernels {}
+// SAFETY: as above; the maps are behind locks.
+unsafe impl Sync for Kernels {}
+
+impl Kernels {
+    /// The embedded kernels for this device; nothing is loaded yet.
+    ///
+    /// # Errors
+    /// [`CudaError::Unavailable`] if the binary was built without nvcc.
+    pub fn new(gpu: &Gpu) -> Result<Kernels, CudaError> {
+        if FATBINS.is_empty() {
+            return Err(CudaError::Unavailable(format!("this binary has no GPU kernels ({TOOLCHAIN})")));
+        }
+        Ok(Kernels { gpu: gpu.clone(), modules: Mutex::default(), functions: Mutex::default() })
+    }
+
+    /// The device.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// The kernel `function` of `kernels/<file>.cu`, with `shared_bytes` of dynamic shared memory allowed.
+    ///
+    /// # Errors
+    /// [`CudaError::Contract`] for an unknown file; a failed driver call, such as an image without code for this chip.
+    pub fn get(&self, file: &'static str, function: &'static str, shared_bytes: u32) -> Result<Kernel, CudaError> {
+        if let Some(kernel) = self.functions.lock().expect("no panic while locked").get(function) {
+            return Ok(*kernel);
+        }
+        let module = self.module(file)?;
+        let name = CString::new(function).expect("kernel names have no zero byte");
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the module is loaded; a handle is written.
+        let result = unsafe { sys::cuModuleGetFunction(&mut handle, module, name.as_ptr()) };
+        self.gpu.check(result, || format!("cuModuleGetFunction({file}.cu, {function})"))?;
+        if shared_bytes > 0 {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function was just found.
+            let result = unsafe { sys::cuFuncSetAttribute(handle, attribute, shared_bytes as i32) };
+            self.gpu.check(result, || format!("{function}: {shared_bytes} bytes of shared memory"))?;
+        }
+        let kernel = Kernel { function: handle, name: function };
+        self.functions.lock().expect("no panic while locked").insert(function, kernel);
+        Ok(kernel)
+    }
+
+    fn module(&self, file: &'static str) -> Result<sys::CUmodule, CudaError> {
+        let mut modules = self.modules.lock().expect("no panic while locked");
+        if let Some(module) = modules.get(file) {
+            return Ok(*module);
+        }
+        let fatbin = FATBINS.iter().find(|(name, _)| *name == file).ok_or_else(|| CudaError::Contract {
+            op: "Kernels::get".into(),
+            expected: "the name of a file in cuda/kernels".into(),
+            found: file.into(),
+        })?;
+        let mut module = std::ptr::null_mut();
+        // SAFETY: the image is a whole fatbin in static memory; a handle is written.
+        let result = unsafe { sys::cuModuleLoadData(&mut module, fatbin.1.as_ptr().cast()) };
+        self.gpu.check(result, || format!("cuModuleLoadData({file}.cu, built by {TOOLCHAIN})"))?;
+        modules.insert(file, module);
+        Ok(module)
+    }
+}
+
+impl Kernel {
+    /// Enqueues the kernel.
+    ///
+    /// # Errors
+    /// A failed launch, with name and configuration. Faults inside the kernel show at the next synchronisation.
+    ///
+    /// # Safety
+    /// `args` match the kernel's parameters in number, type and order, and every pointer among them is valid for what
+    /// the kernel does with it until it has run.
+    pub unsafe fn launch(self, gpu: &Gpu, launch: Launch, mut args: Args) -> Result<(), CudaError> {
+        let mut pointers: Vec<*mut c_void> = args.slots.iter_mut().map(|s| s.as_mut_ptr().cast()).collect();
+        // SAFETY: plain C data for which all zeros is valid.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmaticStreamSerializationAllowed = 1;
+        // SAFETY: as above.
+        let mut config: sys::CUlaunchConfig = unsafe { std::mem::zeroed() };
+        (config.gridDimX, config.gridDimY, config.gridDimZ) = launch.grid;
+        (config.blockDimX, config.blockDimY, config.blockDimZ) = launch.block;
+        config.sharedMemBytes = launch.shared_bytes;
+        config.hStream = gpu.stream();
+        config.attrs = &mut attribute;
+        config.numAttrs = c_uint::from(launch.overlap && gpu.info().capability.0 >= 9);
+        // SAFETY: the configuration and the argument slots live for the call, which copies them; the rest is the caller's.
+        let result =
+            unsafe { sys::cuLaunchKernelEx(&config, self.function, pointers.as_mut_ptr(), std::ptr::null_mut()) };
+        gpu.check(result, || format!("launch of {} with {launch:?}", self.name))
+    }
+}
+
+impl Drop for Kernels {
+    fn drop(&mut self) {
+        let _ = self.gpu.bind();
+        for module in self.modules.get_mut().unwrap_or_else(|e| e.into_inner()).values() {
+            // SAFETY: the module is ours and its kernels are not used any more; a failed device refuses.
+            unsafe { sys::cuModuleUnload(*module) };
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! CUDA for Playhouse: kernels, their launchers, and device memory, through the driver API alone.
+//!
+//! The crate knows nothing of models or files. It starts without a driver (everything is loaded at run time) and
+//! builds without nvcc; in both cases [`CudaError::Unavailable`] says what is missing. Reading order:
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`gpu`] | a device by UUID, with a context and a stream |
+//! | [`arena`] | memory that survives a fault, and typed buffers cut from it |
+//! | [`pinned`] | page-locked host memory |
+//! | [`kernels`] | the embedded kernels, loading and launching |
+//! | [`graph`] | capture and replay |
+
+pub mod arena;
+pub mod error;
+pub mod gpu;
+pub mod graph;
+pub mod kernels;
+pub mod pinned;
+
+pub use error::CudaError;
