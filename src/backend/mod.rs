@@ -36,6 +36,17 @@ pub enum KvDtype {
     Q8_0,
 }
 
+impl KvDtype {
+    /// Bytes of one head's row of `head_dim` elements; a last partial group of `Q8_0` takes a whole one.
+    pub fn row_bytes(self, head_dim: usize) -> usize {
+        match self {
+            KvDtype::F32 => 4 * head_dim,
+            KvDtype::F16 => 2 * head_dim,
+            KvDtype::Q8_0 => 34 * head_dim.div_ceil(32),
+        }
+    }
+}
+
 /// Where a weight comes from: one contiguous run of encoded rows.
 #[derive(Debug, Clone)]
 pub struct WeightSource<'a> {
@@ -69,6 +80,19 @@ pub struct KvLayout {
     pub n_blocks: usize,
     /// Element storage.
     pub dtype: KvDtype,
+}
+
+impl KvLayout {
+    /// Bytes of one block of [`BLOCK_TOKENS`] tokens: keys and values of all layers and heads.
+    pub fn block_bytes(&self) -> u64 {
+        let rows = 2 * BLOCK_TOKENS as u64 * self.n_layers as u64 * self.n_kv_heads as u64;
+        rows * self.dtype.row_bytes(self.head_dim) as u64
+    }
+
+    /// Bytes of the whole cache.
+    pub fn bytes(&self) -> u64 {
+        self.block_bytes().saturating_mul(self.n_blocks as u64)
+    }
 }
 
 /// Bytes a backend holds, by kind.

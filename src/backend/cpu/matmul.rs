@@ -1,0 +1,318 @@
+//! Encoded rows times f32 columns.
+//!
+//! `out[row][col] = sum_k decode(row)[k] * col[k]`, each in the order of [`super::lanes`], whatever the number of
+//! rows and columns that are computed together. One column is multiplied as it is decoded, in registers, four rows at
+//! a time so that the additions of one row hide behind those of the others. For more columns, [`PANEL_ROWS`] rows are
+//! decoded once into an f32 panel that stays in the L2 cache while the columns pass over it four at a time.
+
+use super::lanes::{Lanes, chunks, dispatch, padded};
+use super::pool::{Pool, part_len};
+use super::unpack::{Format, with_format};
+use super::{Ctx, Isa};
+use crate::dtype::DType;
+use std::cell::RefCell;
+
+/// Rows decoded at a time when there are several columns.
+const PANEL_ROWS: usize = 16;
+/// Most rows in one task.
+pub(super) const TASK_ROWS: usize = 64;
+/// Multiply-adds below which a fork costs more than it saves (about 5 microseconds on one core).
+const SERIAL_MACS: usize = 1 << 15;
+
+/// Rows of one matrix.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Mat<'a> {
+    pub(crate) dtype: DType,
+    /// `n_rows` rows of `row_bytes`.
+    pub(crate) bytes: &'a [u8],
+    pub(crate) row_bytes: usize,
+    pub(crate) n_rows: usize,
+    pub(crate) n_cols: usize,
+}
+
+impl<'a> Mat<'a> {
+    /// The encoded row `i`.
+    pub(super) fn row(&self, i: usize) -> &'a [u8] {
+        &self.bytes[i * self.row_bytes..][..self.row_bytes]
+    }
+}
+
+/// Matrices of the same shape that are multiplied with the same columns, row by row together.
+pub(crate) struct Group<'a> {
+    pub(crate) mats: Vec<Mat<'a>>,
+    /// Each `n_cols` long.
+    pub(crate) cols: Vec<&'a [f32]>,
+}
+
+/// A finished part of a group: rows `first_row ..` of every matrix, for all columns.
+pub(crate) struct Done<'a> {
+    /// Index of the group.
+    pub(crate) group: usize,
+    pub(crate) first_row: usize,
+    pub(crate) n_rows: usize,
+    pub(crate) n_cols: usize,
+    /// `[n_mats][n_rows][n_cols]`
+    values: &'a [f32],
+}
+
+impl Done<'_> {
+    /// `[n_rows][n_cols]` of one matrix.
+    fn mat(&self, mat: usize) -> &[f32] {
+        let len = self.n_rows * self.n_cols;
+        &self.values[mat * len..][..len]
+    }
+
+    /// The rows of column `col` of one matrix, `bias` (of the whole matrix) added.
+    pub(crate) fn column(&self, mat: usize, col: usize, bias: Option<&[f32]>, out: &mut [f32]) {
+        let values = self.mat(mat).iter().skip(col).step_by(self.n_cols);
+        match bias {
+            Some(bias) => {
+                let bias = &bias[self.first_row..][..self.n_rows];
+                out.iter_mut().zip(values).zip(bias).for_each(|((out, v), b)| *out = v + b);
+            }
+            None => out.iter_mut().zip(values).for_each(|(out, v)| *out = *v),
+        }
+    }
+}
+
+thread_local! {
+    /// Products of one task, and the panel of decoded rows.
+    static SCRATCH: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+}
+
+/// Multiplies all groups in one parallel region and hands each finished part to `sink`, on the thread that made it.
+pub(crate) fn multiply(ctx: &mut Ctx, groups: &[Group<'_>], sink: &(dyn Fn(Done<'_>) + Sync)) {
+    let isa = ctx.isa;
+    let tasks = tasks(groups, &ctx.pool);
+    let run = |task: &(usize, usize, usize)| {
+        let &(group, first_row, n_rows) = task;
+        let Group { mats, cols } = &groups[group];
+        SCRATCH.with_borrow_mut(|(out, panel)| {
+            out.resize((mats.len() * n_rows * cols.len()).max(out.len()), 0.0);
+            let out = &mut out[..mats.len() * n_rows * cols.len()];
+            for (mat, out) in mats.iter().zip(out.chunks_exact_mut(n_rows * cols.len())) {
+                rows(isa, mat, first_row, n_rows, cols, panel, out);
+            }
+            sink(Done { group, first_row, n_rows, n_cols: cols.len(), values: out });
+        });
+    };
+    let macs: usize = groups.iter().map(|g| g.mats.iter().map(|m| m.n_rows * m.n_cols).sum::<usize>() * g.cols.len()).sum();
+    if macs < SERIAL_MACS {
+        tasks.iter().for_each(run);
+    } else {
+        ctx.pool.run(tasks.len(), &|i| run(&tasks[i]));
+    }
+}
+
+/// `(group, first row, rows)` of every task.
+fn tasks(groups: &[Group<'_>], pool: &Pool) -> Vec<(usize, usize, usize)> {
+    let mut tasks = Vec::new();
+    for (g, Group { mats, cols }) in groups.iter().enumerate() {
+        let n_rows = mats[0].n_rows;
+        assert!(mats.iter().all(|m| m.n_rows == n_rows), "matrices of a group have the same rows");
+        if cols.is_empty() {
+            continue;
+        }
+        let len = part_len(n_rows, pool.n_threads(), PANEL_ROWS, TASK_ROWS);
+        tasks.extend((0..n_rows).step_by(len).map(|first| (g, first, len.min(n_rows - first))));
+    }
+    tasks
+}
+
+/// Rows `first_row .. first_row + n_rows` of `mat` times each of `cols`; `out` `[n_rows][cols]`.
+pub(crate) fn rows(
+    isa: Isa,
+    mat: &Mat<'_>,
+    first_row: usize,
+    n_rows: usize,
+    cols: &[&[f32]],
+    panel: &mut Vec<f32>,
+    out: &mut [f32],
+) {
+    assert!(first_row + n_rows <= mat.n_rows, "rows {first_row}+{n_rows} of {}", mat.n_rows);
+    assert_eq!(out.len(), n_rows * cols.len(), "matmul: output is rows x columns");
+    assert!(cols.iter().all(|c| c.len() == mat.n_cols), "matmul: columns are {} long", mat.n_cols);
+    if let [col] = cols
+        && mat.dtype.row_bytes(mat.n_cols) == Some(mat.row_bytes)
+    {
+        return one_column(isa, mat, first_row, col, out);
+    }
+    panel.resize((PANEL_ROWS * mat.n_cols).max(panel.len()), 0.0);
+    for (i, out) in out.chunks_mut(PANEL_ROWS * cols.len()).enumerate() {
+        let n = out.len() / cols.len();
+        let panel = &mut panel[..n * mat.n_cols];
+        for (r, row) in panel.chunks_exact_mut(mat.n_cols).enumerate() {
+            decode_row(isa, mat.dtype, mat.row(first_row + i * PANEL_ROWS + r), row);
+        }
+        panel_times(isa, panel, cols, out);
+    }
+}
+
+dispatch!(
+    /// Decodes the first `out.len()` elements of an encoded row; the last block may be used in part.
+    pub(crate) fn decode_row(dtype: DType, row: &[u8], out: &mut [f32]) = decode_row_lanes
+);
+
+#[inline(always)]
+fn decode_row_lanes<S: Lanes>(s: S, dtype: DType, row: &[u8], out: &mut [f32]) {
+    with_format!(dtype, F => decode_format::<S, F>(s, row, out));
+}
+
+#[inline(always)]
+fn decode_format<S: Lanes, F: Format>(s: S, row: &[u8], out: &mut [f32]) {
+    let (blocks, rest) = whole_blocks::<F>(row);
+    let (units, tail) = out.as_chunks_mut::<32>();
+    for (i, unit) in units.iter_mut().enumerate() {
+        store_unit(s, F::unit(s, &blocks[i / F::UNITS], i % F::UNITS), unit);
+    }
+    if !tail.is_empty() {
+        // A part of a block: of one that is there (quantised KV), or of numbers that fill less than a unit.
+        let mut unit = [0.0; 32];
+        let i = units.len();
+        let block = blocks.get(i / F::UNITS).copied().unwrap_or_else(|| padded_block::<F>(rest));
+        store_unit(s, F::unit(s, &block, i % F::UNITS), &mut unit);
+        tail.copy_from_slice(&unit[..tail.len()]);
+    }
+}
+
+#[inline(always)]
+fn store_unit<S: Lanes>(s: S, unit: [S::F; 2], out: &mut [f32; 32]) {
+    let (halves, _) = out.as_chunks_mut::<16>();
+    s.store(unit[0], &mut halves[0]);
+    s.store(unit[1], &mut halves[1]);
+}
+
+/// A row as whole blocks, and the bytes that fill none (rows of F32, F16 and BF16, whose unit is 32 numbers).
+#[inline(always)]
+fn whole_blocks<F: Format>(row: &[u8]) -> (&[F::Block], &[u8]) {
+    let whole = row.len() - row.len() % size_of::<F::Block>();
+    (bytemuck::cast_slice(&row[..whole]), &row[whole..])
+}
+
+#[inline(always)]
+fn padded_block<F: Format>(rest: &[u8]) -> F::Block {
+    let mut block: F::Block = bytemuck::Zeroable::zeroed();
+    bytemuck::bytes_of_mut(&mut block)[..rest.len()].copy_from_slice(rest);
+    block
+}
+
+dispatch!(
+    /// As many rows as `out` is long, from `first_row` on, times one column.
+    fn one_column(mat: &Mat<'_>, first_row: usize, col: &[f32], out: &mut [f32]) = one_column_lanes
+);
+
+#[inline(always)]
+fn one_column_lanes<S: Lanes>(s: S, mat: &Mat<'_>, first_row: usize, col: &[f32], out: &mut [f32]) {
+    with_format!(mat.dtype, F => one_column_format::<S, F>(s, mat, first_row, col, out));
+}
+
+#[inline(always)]
+fn one_column_format<S: Lanes, F: Format>(s: S, mat: &Mat<'_>, first_row: usize, col: &[f32], out: &mut [f32]) {
+    let (quads, singles) = out.as_chunks_mut::<4>();
+    let n_quad_rows = 4 * quads.len();
+    for (i, quad) in quads.iter_mut().enumerate() {
+        let first = first_row + 4 * i;
+        *quad = dot_rows::<S, F, 4>(s, [0, 1, 2, 3].map(|r| mat.row(first + r)), col);
+    }
+    for (i, single) in singles.iter_mut().enumerate() {
+        [*single] = dot_rows::<S, F, 1>(s, [mat.row(first_row + n_quad_rows + i)], col);
+    }
+}
+
+/// `R` encoded rows times one column, decoded in registers.
+#[inline(always)]
+fn dot_rows<S: Lanes, F: Format, const R: usize>(s: S, rows: [&[u8]; R], col: &[f32]) -> [f32; R] {
+    let rows = rows.map(whole_blocks::<F>);
+    let (units, tail) = col.as_chunks::<32>();
+    let mut acc = [s.splat(0.0); R];
+    let blocks = rows.map(|(blocks, _)| &blocks[..units.len() / F::UNITS]);
+    for (b, xs) in units.chunks_exact(F::UNITS).enumerate() {
+        for (u, x) in xs.iter().enumerate() {
+            let (x, _) = x.as_chunks::<16>();
+            let (x0, x1) = (s.load(&x[0]), s.load(&x[1]));
+            for r in 0..R {
+                let [w0, w1] = F::unit(s, &blocks[r][b], u);
+                acc[r] = s.mul_then_add(acc[r], w0, x0);
+                acc[r] = s.mul_then_add(acc[r], w1, x1);
+            }
+        }
+    }
+    if !tail.is_empty() {
+        let (x, x_rest) = chunks(tail);
+        for r in 0..R {
+            let [w0, w1] = F::unit(s, &padded_block::<F>(rows[r].1), 0);
+            let mut w = [w0, w1].into_iter();
+            for x in x.iter().copied().chain((!x_rest.is_empty()).then(|| padded(x_rest))) {
+                if let Some(w) = w.next() {
+                    acc[r] = s.mul_then_add(acc[r], w, s.load(&x));
+                }
+            }
+        }
+    }
+    acc.map(|acc| s.reduce(acc))
+}
+
+dispatch!(
+    /// Decoded rows times columns; `panel` `[rows][n]`, `out` `[rows][cols]`.
+    pub(crate) fn panel_times(panel: &[f32], cols: &[&[f32]], out: &mut [f32]) = panel_times_lanes
+);
+
+#[inline(always)]
+fn panel_times_lanes<S: Lanes>(s: S, panel: &[f32], cols: &[&[f32]], out: &mut [f32]) {
+    let Some(n) = cols.first().map(|c| c.len()) else { return };
+    let n_rows = panel.len() / n;
+    let row = |r: usize| &panel[r * n..][..n];
+    let mut c = 0;
+    while c < cols.len() {
+        let wide = S::TILE_COLS == 4 && c + 4 <= cols.len();
+        let width = if wide { 4 } else { 1 };
+        let mut r = 0;
+        while r < n_rows {
+            let tall = r + 4 <= n_rows;
+            let mut put = |dr: usize, values: &[f32]| out[(r + dr) * cols.len() + c..][..width].copy_from_slice(values);
+            if wide && tall {
+                let xs = [cols[c], cols[c + 1], cols[c + 2], cols[c + 3]];
+                let tile = tile::<S, 4, 4>(s, [row(r), row(r + 1), row(r + 2), row(r + 3)], xs);
+                tile.iter().enumerate().for_each(|(dr, values)| put(dr, values));
+            } else if wide {
+                let xs = [cols[c], cols[c + 1], cols[c + 2], cols[c + 3]];
+                put(0, &tile::<S, 1, 4>(s, [row(r)], xs)[0]);
+            } else if tall {
+                let tile = tile::<S, 4, 1>(s, [row(r), row(r + 1), row(r + 2), row(r + 3)], [cols[c]]);
+                tile.iter().enumerate().for_each(|(dr, values)| put(dr, values));
+            } else {
+                put(0, &tile::<S, 1, 1>(s, [row(r)], [cols[c]])[0]);
+            }
+            r += if tall { 4 } else { 1 };
+        }
+        c += width;
+    }
+}
+
+/// `R` f32 rows times `C` columns, all of one length, in `R * C` accumulators.
+#[inline(always)]
+fn tile<S: Lanes, const R: usize, const C: usize>(s: S, rows: [&[f32]; R], cols: [&[f32]; C]) -> [[f32; C]; R] {
+    let n = cols[0].len();
+    let (rows, cols) = (rows.map(|w| chunks(&w[..n])), cols.map(|x| chunks(&x[..n])));
+    let n_chunks = n / 16;
+    let (whole_w, whole_x) = (rows.map(|w| &w.0[..n_chunks]), cols.map(|x| &x.0[..n_chunks]));
+    let mut acc = [[s.splat(0.0); C]; R];
+    for i in 0..n_chunks {
+        let w = whole_w.map(|w| s.load(&w[i]));
+        for c in 0..C {
+            let x = s.load(&whole_x[c][i]);
+            for r in 0..R {
+                acc[r][c] = s.mul_then_add(acc[r][c], w[r], x);
+            }
+        }
+    }
+    if n % 16 != 0 {
+        for c in 0..C {
+            let x = s.load(&padded(cols[c].1));
+            for r in 0..R {
+                acc[r][c] = s.mul_then_add(acc[r][c], s.load(&padded(rows[r].1)), x);
+            }
+        }
+    }
+    acc.map(|row| row.map(|acc| s.reduce(acc)))
+}
