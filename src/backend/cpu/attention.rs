@@ -7,7 +7,7 @@
 use super::kv::KvCache;
 use super::lanes::{self, Lanes, dispatch};
 use super::pool::Shards;
-use super::{Ctx, CpuBackend, CpuTensor, Isa, grow, math, matmul};
+use super::{CpuBackend, CpuTensor, Ctx, Isa, grow, math, matmul};
 use crate::backend::{AttentionOp, BLOCK_TOKENS, Batch, SeqSpan};
 use std::cell::RefCell;
 
@@ -91,12 +91,11 @@ fn attend(
     // Query `i * group + g` is query head `kv_head * group + g` of the task's token `i`.
     let n_queries = task.n_tokens * group;
     let query_head = |query: usize| task.kv_head * group + query % group;
-    let at = |query: usize| {
-        ((task.span.first + task.first + query / group) * op.dims.n_heads + query_head(query)) * hs
-    };
+    let at = |query: usize| ((task.span.first + task.first + query / group) * op.dims.n_heads + query_head(query)) * hs;
     let queries: Vec<&[f32]> = (0..n_queries).map(|i| &q[at(i)..][..hs]).collect();
     let scores = grow(scores, n_queries * n_seen);
-    let blocks = || (begin / BLOCK_TOKENS..end.div_ceil(BLOCK_TOKENS)).map(|b| BlockPart::new(task.span, b, begin, end));
+    let blocks =
+        || (begin / BLOCK_TOKENS..end.div_ceil(BLOCK_TOKENS)).map(|b| BlockPart::new(task.span, b, begin, end));
 
     for part in blocks() {
         let (keys, _) = kv.block(op.layer, part.block, task.kv_head);

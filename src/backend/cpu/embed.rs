@@ -1,6 +1,6 @@
 //! Token ids to rows of the embedding table.
 
-use super::{Ctx, CpuTensor, CpuWeight, matmul};
+use super::{CpuTensor, CpuWeight, Ctx, matmul};
 use crate::backend::Batch;
 
 /// `x[t] = scale * table[tokens[t]]`.

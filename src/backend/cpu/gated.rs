@@ -3,7 +3,7 @@
 use super::lanes::{Lanes, chunks, dispatch, padded};
 use super::matmul::{self, Done, Group};
 use super::pool::Shards;
-use super::{Ctx, CpuBackend, CpuTensor, math, norm};
+use super::{CpuBackend, CpuTensor, Ctx, math, norm};
 use crate::backend::{Activation, GatedOp, Linear};
 
 /// See [`crate::backend::Backend::gated`].
@@ -17,10 +17,8 @@ pub(super) fn run(
 ) {
     let (_, n_out, n_in) = op.gate.weight.shape();
     let normed = norm::rows(ctx, op.norm, x.rows(n_tokens, n_in), n_in, normed);
-    let group = Group {
-        mats: vec![op.gate.weight.mat(0), op.up.weight.mat(0)],
-        cols: normed.chunks_exact(n_in).collect(),
-    };
+    let group =
+        Group { mats: vec![op.gate.weight.mat(0), op.up.weight.mat(0)], cols: normed.chunks_exact(n_in).collect() };
     let (gate_bias, up_bias) = (op.gate.bias.map(|b| b.vector(n_out)), op.up.bias.map(|b| b.vector(n_out)));
     let (shards, isa) = (Shards::new(h.rows_mut(n_tokens, n_out)), ctx.isa);
     matmul::multiply(ctx, &[group], &|done: Done<'_>| {

@@ -2,7 +2,7 @@
 
 use super::matmul::{self, Done, Group};
 use super::pool::Shards;
-use super::{Ctx, CpuBackend, CpuTensor, grow, math, norm};
+use super::{CpuBackend, CpuTensor, Ctx, grow, math, norm};
 use crate::backend::{Batch, HeadOp};
 
 /// See [`crate::backend::Backend::head`].

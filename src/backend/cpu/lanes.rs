@@ -13,7 +13,7 @@
 pub(crate) trait Lanes: Copy + Send + Sync + 'static {
     /// The sixteen lanes.
     type F: Copy;
-    /// Rows of a register tile of [`super::matmul`].
+    /// Columns of a register tile of [`super::matmul`]: 4 where 16 accumulators fit the registers, else 1.
     const TILE_COLS: usize;
 
     fn splat(self, v: f32) -> Self::F;
@@ -29,12 +29,13 @@ pub(crate) trait Lanes: Copy + Send + Sync + 'static {
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
     /// `2^n` where each lane holds `n + 1.5 * 2^23` with integral `-126 <= n <= 127`.
     fn pow2_biased(self, a: Self::F) -> Self::F;
-    /// A binary16 number; exact.
+    /// A binary16 number; exact, as are the widenings below.
     fn f16(self, bits: u16) -> f32;
-    fn from_i8(self, a: [u8; 16]) -> Self::F;
-    fn from_u8(self, a: [u8; 16]) -> Self::F;
-    fn from_f16(self, a: &[u8; 32]) -> Self::F;
-    fn from_bf16(self, a: &[u8; 32]) -> Self::F;
+    /// Sixteen signed bytes.
+    fn widen_i8(self, a: [u8; 16]) -> Self::F;
+    fn widen_u8(self, a: [u8; 16]) -> Self::F;
+    fn widen_f16(self, a: &[u8; 32]) -> Self::F;
+    fn widen_bf16(self, a: &[u8; 32]) -> Self::F;
     /// `table[i & 15]` for each of the sixteen indices.
     fn lookup(self, table: &[f32; 16], indices: [u8; 16]) -> Self::F;
     /// The fold that ends every sum: halves of 8, 4, 2, 1.
@@ -195,15 +196,15 @@ impl Lanes for Portable {
         half::f16::from_bits(bits).to_f32()
     }
     #[inline(always)]
-    fn from_i8(self, a: [u8; 16]) -> [f32; 16] {
+    fn widen_i8(self, a: [u8; 16]) -> [f32; 16] {
         a.map(|q| f32::from(q as i8))
     }
     #[inline(always)]
-    fn from_u8(self, a: [u8; 16]) -> [f32; 16] {
+    fn widen_u8(self, a: [u8; 16]) -> [f32; 16] {
         a.map(f32::from)
     }
     #[inline(always)]
-    fn from_f16(self, a: &[u8; 32]) -> [f32; 16] {
+    fn widen_f16(self, a: &[u8; 32]) -> [f32; 16] {
         let mut out = [0.0; 16];
         for i in 0..16 {
             out[i] = half::f16::from_le_bytes([a[2 * i], a[2 * i + 1]]).to_f32();
@@ -211,7 +212,7 @@ impl Lanes for Portable {
         out
     }
     #[inline(always)]
-    fn from_bf16(self, a: &[u8; 32]) -> [f32; 16] {
+    fn widen_bf16(self, a: &[u8; 32]) -> [f32; 16] {
         let mut out = [0.0; 16];
         for i in 0..16 {
             out[i] = f32::from_bits(u32::from(u16::from_le_bytes([a[2 * i], a[2 * i + 1]])) << 16);
@@ -338,9 +339,8 @@ mod x86 {
             // SAFETY: the token proves AVX2.
             unsafe {
                 let one = _mm256_set1_epi32(0x3f80_0000);
-                let shift = |v| {
-                    _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32::<23>(_mm256_castps_si256(v)), one))
-                };
+                let shift =
+                    |v| _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32::<23>(_mm256_castps_si256(v)), one));
                 [shift(a[0]), shift(a[1])]
             }
         }
@@ -350,7 +350,7 @@ mod x86 {
             unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
         }
         #[inline(always)]
-        fn from_i8(self, a: [u8; 16]) -> Self::F {
+        fn widen_i8(self, a: [u8; 16]) -> Self::F {
             // SAFETY: the token proves AVX2; the load reads the sixteen bytes of `a`.
             unsafe {
                 let q = _mm_loadu_si128(a.as_ptr().cast());
@@ -359,7 +359,7 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn from_u8(self, a: [u8; 16]) -> Self::F {
+        fn widen_u8(self, a: [u8; 16]) -> Self::F {
             // SAFETY: the token proves AVX2; the load reads the sixteen bytes of `a`.
             unsafe {
                 let q = _mm_loadu_si128(a.as_ptr().cast());
@@ -368,7 +368,7 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn from_f16(self, a: &[u8; 32]) -> Self::F {
+        fn widen_f16(self, a: &[u8; 32]) -> Self::F {
             // SAFETY: the token proves F16C; both reads are inside the 32 bytes, of any alignment.
             unsafe {
                 [
@@ -378,14 +378,11 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn from_bf16(self, a: &[u8; 32]) -> Self::F {
+        fn widen_bf16(self, a: &[u8; 32]) -> Self::F {
             // SAFETY: the token proves AVX2; both reads are inside the 32 bytes, of any alignment.
             unsafe {
                 let widen = |q| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(q)));
-                [
-                    widen(_mm_loadu_si128(a.as_ptr().cast())),
-                    widen(_mm_loadu_si128(a.as_ptr().add(16).cast())),
-                ]
+                [widen(_mm_loadu_si128(a.as_ptr().cast())), widen(_mm_loadu_si128(a.as_ptr().add(16).cast()))]
             }
         }
         #[inline(always)]
@@ -470,22 +467,22 @@ mod x86 {
             unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
         }
         #[inline(always)]
-        fn from_i8(self, a: [u8; 16]) -> __m512 {
+        fn widen_i8(self, a: [u8; 16]) -> __m512 {
             // SAFETY: the token proves AVX-512F; the load reads the sixteen bytes of `a`.
             unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(a.as_ptr().cast()))) }
         }
         #[inline(always)]
-        fn from_u8(self, a: [u8; 16]) -> __m512 {
+        fn widen_u8(self, a: [u8; 16]) -> __m512 {
             // SAFETY: the token proves AVX-512F; the load reads the sixteen bytes of `a`.
             unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(a.as_ptr().cast()))) }
         }
         #[inline(always)]
-        fn from_f16(self, a: &[u8; 32]) -> __m512 {
+        fn widen_f16(self, a: &[u8; 32]) -> __m512 {
             // SAFETY: the token proves AVX-512F; the read is the 32 bytes, of any alignment.
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(a.as_ptr().cast())) }
         }
         #[inline(always)]
-        fn from_bf16(self, a: &[u8; 32]) -> __m512 {
+        fn widen_bf16(self, a: &[u8; 32]) -> __m512 {
             // SAFETY: the token proves AVX-512F; the read is the 32 bytes, of any alignment.
             unsafe {
                 let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(a.as_ptr().cast()));

@@ -96,7 +96,8 @@ pub(crate) fn multiply(ctx: &mut Ctx, groups: &[Group<'_>], sink: &(dyn Fn(Done<
             sink(Done { group, first_row, n_rows, n_cols: cols.len(), values: out });
         });
     };
-    let macs: usize = groups.iter().map(|g| g.mats.iter().map(|m| m.n_rows * m.n_cols).sum::<usize>() * g.cols.len()).sum();
+    let macs: usize =
+        groups.iter().map(|g| g.mats.iter().map(|m| m.n_rows * m.n_cols).sum::<usize>() * g.cols.len()).sum();
     if macs < SERIAL_MACS {
         tasks.iter().for_each(run);
     } else {
@@ -306,7 +307,7 @@ fn tile<S: Lanes, const R: usize, const C: usize>(s: S, rows: [&[f32]; R], cols:
             }
         }
     }
-    if n % 16 != 0 {
+    if !n.is_multiple_of(16) {
         for c in 0..C {
             let x = s.load(&padded(cols[c].1));
             for r in 0..R {

@@ -2,7 +2,7 @@
 
 use super::matmul::{self, Done, Group};
 use super::pool::Shards;
-use super::{Ctx, CpuBackend, CpuTensor, CpuWeight, gated, grow, math, norm};
+use super::{CpuBackend, CpuTensor, CpuWeight, Ctx, gated, grow, math, norm};
 use crate::backend::{Linear, MoeOp, MoeWeighting};
 
 /// Work space of the op.
@@ -155,7 +155,7 @@ fn contract(
 }
 
 /// Row `expert` of a bias `[E, n]`.
-fn bias<'a>(bias: Option<&'a CpuWeight>, expert: usize, n: usize) -> Option<&'a [f32]> {
+fn bias(bias: Option<&CpuWeight>, expert: usize, n: usize) -> Option<&[f32]> {
     bias.map(|b| &b.f32s().expect("expert biases are f32")[expert * n..][..n])
 }
 

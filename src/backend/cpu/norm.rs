@@ -20,7 +20,7 @@ pub(super) fn rows<'a>(
     let out = grow(normed, x.len());
     let (n_rows, isa) = (x.len() / n, ctx.isa);
     let shards = Shards::new(out);
-    let len = part_len(n_rows, ctx.pool.n_threads(), 1, usize::MAX);
+    let len = part_len(n_rows, ctx.pool.n_threads(), 1, n_rows.max(1));
     let task = |i: usize| {
         for r in i * len..n_rows.min((i + 1) * len) {
             // SAFETY: row `r` belongs to this task alone.

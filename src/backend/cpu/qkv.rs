@@ -3,7 +3,7 @@
 use super::kv::KvCache;
 use super::matmul::{self, Done, Group};
 use super::pool::Shards;
-use super::{Ctx, CpuBackend, CpuTensor, Isa, grow, norm, rope};
+use super::{CpuBackend, CpuTensor, Ctx, Isa, grow, norm, rope};
 use crate::backend::{Batch, Linear, Norm, QkvOp};
 
 /// The normalised rows, and the fresh keys and values.

@@ -89,26 +89,26 @@ formats! {
         [half(0), half(64)]
     }
     /// 32 binary16 numbers.
-    F16: 64 bytes, 1 units, |s, b, _u| { [s.from_f16(&bytes(b, 0)), s.from_f16(&bytes(b, 32))] }
+    F16: 64 bytes, 1 units, |s, b, _u| { [s.widen_f16(&bytes(b, 0)), s.widen_f16(&bytes(b, 32))] }
     /// 32 bfloat16 numbers.
-    BF16: 64 bytes, 1 units, |s, b, _u| { [s.from_bf16(&bytes(b, 0)), s.from_bf16(&bytes(b, 32))] }
+    BF16: 64 bytes, 1 units, |s, b, _u| { [s.widen_bf16(&bytes(b, 0)), s.widen_bf16(&bytes(b, 32))] }
     /// `d (q - 8)`; f16 d, 16 bytes of nibbles.
     Q4_0: 18 bytes, 1 units, |s, b, _u| {
         let (d, q) = (s.splat(scale(s, b, 0)), bytes(b, 2));
-        let value = |q| s.mul(d, s.sub(s.from_u8(q), s.splat(8.0)));
+        let value = |q| s.mul(d, s.sub(s.widen_u8(q), s.splat(8.0)));
         [value(each16(q, |q| q & 15)), value(each16(q, |q| q >> 4))]
     }
     /// `d q + m`; f16 d, f16 m, 16 bytes of nibbles.
     Q4_1: 20 bytes, 1 units, |s, b, _u| {
         let (d, m, q) = (s.splat(scale(s, b, 0)), s.splat(scale(s, b, 2)), bytes(b, 4));
-        let value = |q| s.add(s.mul(d, s.from_u8(q)), m);
+        let value = |q| s.add(s.mul(d, s.widen_u8(q)), m);
         [value(each16(q, |q| q & 15)), value(each16(q, |q| q >> 4))]
     }
     /// `d (q - 16)`; f16 d, 32 fifth bits, 16 bytes of nibbles.
     Q5_0: 22 bytes, 1 units, |s, b, _u| {
         let (d, q) = (s.splat(scale(s, b, 0)), bytes(b, 6));
         let (low, high) = (u16::from_le_bytes(bytes(b, 2)), u16::from_le_bytes(bytes(b, 4)));
-        let value = |q| s.mul(d, s.sub(s.from_u8(q), s.splat(16.0)));
+        let value = |q| s.mul(d, s.sub(s.widen_u8(q), s.splat(16.0)));
         [
             value(or16(each16(q, |q| q & 15), fifth_bits(low))),
             value(or16(each16(q, |q| q >> 4), fifth_bits(high))),
@@ -118,7 +118,7 @@ formats! {
     Q5_1: 24 bytes, 1 units, |s, b, _u| {
         let (d, m, q) = (s.splat(scale(s, b, 0)), s.splat(scale(s, b, 2)), bytes(b, 8));
         let (low, high) = (u16::from_le_bytes(bytes(b, 4)), u16::from_le_bytes(bytes(b, 6)));
-        let value = |q| s.add(s.mul(d, s.from_u8(q)), m);
+        let value = |q| s.add(s.mul(d, s.widen_u8(q)), m);
         [
             value(or16(each16(q, |q| q & 15), fifth_bits(low))),
             value(or16(each16(q, |q| q >> 4), fifth_bits(high))),
@@ -127,7 +127,7 @@ formats! {
     /// `d q`; f16 d, 32 signed bytes.
     Q8_0: 34 bytes, 1 units, |s, b, _u| {
         let d = s.splat(scale(s, b, 0));
-        [s.mul(d, s.from_i8(bytes(b, 2))), s.mul(d, s.from_i8(bytes(b, 18)))]
+        [s.mul(d, s.widen_i8(bytes(b, 2))), s.mul(d, s.widen_i8(bytes(b, 18)))]
     }
     /// `(d sc) q - (dmin m)`; 16 bytes of scale and minimum nibbles, 64 bytes of 2 bits, f16 d, f16 dmin.
     Q2_K: 84 bytes, 8 units, |s, b, u| {
@@ -137,7 +137,7 @@ formats! {
             let sc = b[2 * u + i];
             let q = each16(bytes(b, 16 + 32 * half + 16 * i), |q| (q >> shift) & 3);
             let (dl, ml) = (d * f32::from(sc & 15), d_min * f32::from(sc >> 4));
-            s.sub(s.mul(s.splat(dl), s.from_u8(q)), s.splat(ml))
+            s.sub(s.mul(s.splat(dl), s.widen_u8(q)), s.splat(ml))
         };
         [value(0), value(1)]
     }
@@ -152,7 +152,7 @@ formats! {
             let dl = d * (f32::from(low | (high << 4)) - 32.0);
             let q = each16(bytes(b, 32 + 32 * half + 16 * i), |q| (q >> shift) & 3);
             let mask = each16(bytes(b, 16 * i), |h| ((h >> u) & 1) << 2);
-            s.mul(s.splat(dl), s.sub(s.from_u8(or16(q, mask)), s.splat(4.0)))
+            s.mul(s.splat(dl), s.sub(s.widen_u8(or16(q, mask)), s.splat(4.0)))
         };
         [value(0), value(1)]
     }
@@ -164,7 +164,7 @@ formats! {
         let shift = 4 * (u % 2);
         let value = |i: usize| {
             let q = each16(bytes(b, 16 + 32 * (u / 2) + 16 * i), |q| (q >> shift) & 15);
-            s.sub(s.mul(dl, s.from_u8(q)), ml)
+            s.sub(s.mul(dl, s.widen_u8(q)), ml)
         };
         [value(0), value(1)]
     }
@@ -177,7 +177,7 @@ formats! {
         let value = |i: usize| {
             let q = each16(bytes(b, 48 + 32 * (u / 2) + 16 * i), |q| (q >> shift) & 15);
             let high = each16(bytes(b, 16 + 16 * i), |h| ((h >> u) & 1) << 4);
-            s.sub(s.mul(dl, s.from_u8(or16(q, high))), ml)
+            s.sub(s.mul(dl, s.widen_u8(or16(q, high))), ml)
         };
         [value(0), value(1)]
     }
@@ -189,7 +189,7 @@ formats! {
             let sc = f32::from(b[192 + 2 * u + i] as i8);
             let low = each16(bytes(b, 64 * half + 32 * (j % 2) + 16 * i), |q| (q >> (4 * (j / 2))) & 15);
             let high = each16(bytes(b, 128 + 32 * half + 16 * i), |h| ((h >> (2 * j)) & 3) << 4);
-            s.mul(s.splat(d * sc), s.sub(s.from_u8(or16(low, high)), s.splat(32.0)))
+            s.mul(s.splat(d * sc), s.sub(s.widen_u8(or16(low, high)), s.splat(32.0)))
         };
         [value(0), value(1)]
     }
@@ -234,9 +234,8 @@ fn half_e8m0(e: u8) -> f32 {
 }
 
 /// The sixteen values of `IQ4_NL` and `IQ4_XS`.
-const IQ4_VALUES: [f32; 16] = [
-    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
-];
+const IQ4_VALUES: [f32; 16] =
+    [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
 
 /// Twice the sixteen values of E2M1; minus zero counts as zero, as in the reference decoder.
 const E2M1_DOUBLED: [f32; 16] =

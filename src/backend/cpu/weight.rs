@@ -43,7 +43,8 @@ impl CpuWeight {
                 bytes.len()
             )));
         }
-        let mut weight = Self { name: name.into(), dtype, n_mats, n_rows, n_cols, row_bytes, data: Data::Encoded(bytes) };
+        let mut weight =
+            Self { name: name.into(), dtype, n_mats, n_rows, n_cols, row_bytes, data: Data::Encoded(bytes) };
         if n_rows == 1 || (dtype == DType::F32 && !weight.is_aligned()) {
             weight.decode_all();
         }
@@ -57,7 +58,12 @@ impl CpuWeight {
     fn decode_all(&mut self) {
         let mut all = vec![0.0; self.n_mats * self.n_rows * self.n_cols];
         for (row, out) in all.chunks_exact_mut(self.n_cols).enumerate() {
-            matmul::decode_row(super::Isa::best(), self.dtype, &self.bytes()[row * self.row_bytes..][..self.row_bytes], out);
+            matmul::decode_row(
+                super::Isa::best(),
+                self.dtype,
+                &self.bytes()[row * self.row_bytes..][..self.row_bytes],
+                out,
+            );
         }
         self.data = Data::Decoded(all);
         self.dtype = DType::F32;
@@ -127,7 +133,12 @@ impl CpuWeight {
             return Cow::Borrowed(&all[i * n..][..n]);
         }
         let mut out = vec![0.0; n];
-        matmul::decode_row(super::Isa::best(), self.dtype, &self.bytes()[i * self.row_bytes..][..self.row_bytes], &mut out);
+        matmul::decode_row(
+            super::Isa::best(),
+            self.dtype,
+            &self.bytes()[i * self.row_bytes..][..self.row_bytes],
+            &mut out,
+        );
         Cow::Owned(out)
     }
 }
