@@ -1,6 +1,109 @@
-//! The commands of the `playhouse` binary.
+//! The commands of the `playhouse` binary: one table, one file per command.
+//!
+//! To add a command: a file with `pub(crate) struct Args` (clap derive) that implements [`RunCommand`], and a row in
+//! the `commands!` table. Results go to stdout through [`print`] and [`print_json`]; progress and summaries go to
+//! stderr through [`note`].
+
+mod error;
+mod inspect;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+pub use error::{CliError, Exit};
+
+/// What a command does with its arguments.
+pub(crate) trait RunCommand {
+    /// Runs the command to its end.
+    fn run(self) -> Result<(), CliError>;
+}
+
+/// The table: a row's doc comment is the command's line in `--help`.
+macro_rules! commands {
+    ($($(#[$doc:meta])* $name:ident => $module:ident,)*) => {
+        #[derive(Debug, clap::Subcommand)]
+        enum Command {
+            $($(#[$doc])* $name($module::Args),)*
+        }
+
+        impl RunCommand for Command {
+            fn run(self) -> Result<(), CliError> {
+                match self {
+                    $(Self::$name(args) => args.run(),)*
+                }
+            }
+        }
+    };
+}
+
+commands! {
+    /// Show what is in a GGUF file: metadata, tensors, types, bytes, and the memory it takes to run
+    Inspect => inspect,
+}
+
+/// Runs language models from GGUF files. The same request with the same seed gives the same bytes.
+#[derive(Debug, clap::Parser)]
+#[command(name = "playhouse", version, about, after_help = error::EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
 
 /// Parses the command line, runs the command and returns its exit code.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Help and version are no errors: clap prints them on stdout and says 0. Usage errors are 2.
+        Err(e) => {
+            let code = if e.use_stderr() { Exit::Usage } else { Exit::Success };
+            // A closed stdout or stderr leaves nothing to tell.
+            let _ = e.print();
+            return code.into();
+        }
+    };
+    match cli.command.run() {
+        Ok(()) => Exit::Success.into(),
+        Err(e) if e.is_closed_pipe() => Exit::Success.into(),
+        Err(e) => {
+            note(&e.chain());
+            e.exit().into()
+        }
+    }
+}
+
+/// Prints a line to stderr. A closed stderr is no reason to fail.
+pub(crate) fn note(line: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
+
+/// Prints text to stdout as it is and flushes it, so that a reader sees every piece of a stream at once.
+///
+/// # Errors
+/// Where stdout fails; a closed pipe (`playhouse ... | head`) ends the program with exit code 0.
+pub(crate) fn print(text: &str) -> Result<(), CliError> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(CliError::stdout)
+}
+
+/// Prints one JSON document and a line break to stdout.
+///
+/// # Errors
+/// As [`print`].
+pub(crate) fn print_json(value: &impl serde::Serialize) -> Result<(), CliError> {
+    let mut text = serde_json::to_string_pretty(value).map_err(|e| CliError::new(Exit::Software, e))?;
+    text.push('\n');
+    print(&text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_table_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
 }
