@@ -1,0 +1,243 @@
+//! The engine: a resident model, a scheduler and a sampler per sequence. Schedule, run, choose, take note.
+
+use super::sampler::{Chosen, RowOptions, SampleError, Sampler};
+use super::scheduler::{Ended, Outcome, Scheduler, SchedulerLimits, StepPlan, Work};
+use super::validate::validate;
+use super::{StepModel, batch};
+use crate::backend::{BackendError, Batch};
+use playhouse_actors::engine::{
+    Engine, EngineError, EngineEvent, EngineRequest, EngineStats, RequestError, RequestId, StepReport,
+};
+use rayon::prelude::*;
+use std::collections::HashMap;
+use std::time::Instant;
+
+/// How an engine uses what its model can take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EngineOptions {
+    /// Most sequences that run at once; never more than the model has rows of logits.
+    pub max_sequences: usize,
+    /// Most tokens of one prompt in one step. Changes the time to the first token, never the tokens.
+    pub prefill_chunk: usize,
+    /// Whether full blocks are kept for later requests with the same beginning.
+    pub prefix_cache: bool,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self { max_sequences: usize::MAX, prefill_chunk: 512, prefix_cache: true }
+    }
+}
+
+/// A model with everything that serving it takes. See [`Engine`] for the contract.
+///
+/// The tokens of a request, and the bits of its log probabilities, are a function of its prompt, its parameters and the model.
+/// Other requests, the options, the size of the pool, preemption and the split between `prompt`, `emitted` and new tokens do
+/// not change them.
+pub struct LlmEngine<M: StepModel> {
+    model: M,
+    scheduler: Scheduler,
+    samplers: HashMap<RequestId, Sampler>,
+    batch: Batch,
+    logits: Vec<f32>,
+    counters: Counters,
+    clock: fn() -> Instant,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    steps: u64,
+    prefill_tokens: u64,
+    decode_tokens: u64,
+    preemptions: u64,
+}
+
+impl<M: StepModel> LlmEngine<M> {
+    /// An idle engine. Options beyond the model's capacity are cut to it.
+    ///
+    /// # Panics
+    /// If the model's vocabulary has more than 2^20 ids, or it has no room for one token.
+    pub fn new(model: M, options: EngineOptions) -> Self {
+        assert!(model.n_vocab() <= 1 << 20, "the sampler's sums are exact for up to 2^20 ids");
+        let capacity = model.capacity();
+        let scheduler = Scheduler::new(SchedulerLimits {
+            n_ctx: model.n_ctx(),
+            n_kv_blocks: capacity.n_kv_blocks,
+            max_batch_tokens: capacity.max_batch_tokens,
+            max_sequences: options.max_sequences.min(capacity.max_logit_rows).min(capacity.max_batch_tokens),
+            prefill_chunk: options.prefill_chunk,
+            prefix_cache: options.prefix_cache,
+        });
+        Self {
+            model,
+            scheduler,
+            samplers: HashMap::new(),
+            batch: Batch::default(),
+            logits: Vec::new(),
+            counters: Counters::default(),
+            clock: Instant::now,
+        }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &M {
+        &self.model
+    }
+
+    /// The model, for calls that the engine does not make. Its KV is the engine's.
+    pub fn model_mut(&mut self) -> &mut M {
+        &mut self.model
+    }
+
+    /// The queues and blocks, to look at.
+    pub fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+
+    /// Forgets every block that only the prefix cache holds; returns how many.
+    pub fn drop_prefix_cache(&mut self) -> usize {
+        self.scheduler.drop_prefix_cache()
+    }
+
+    /// Chooses the next token of every sequence whose logits were computed, each on its own.
+    fn choose(&mut self, plan: &StepPlan) -> Vec<(Work, Result<Chosen, SampleError>)> {
+        let works: Vec<Work> = plan.work.iter().copied().filter(|work| work.chooses).collect();
+        let rows = self.logits.par_chunks_mut(self.model.n_vocab());
+        let (scheduler, samplers) = (&self.scheduler, &self.samplers);
+        let choose_row = |(work, row): (&Work, &mut [f32])| {
+            let sequence = scheduler.sequence(work.key);
+            let request = sequence.request();
+            let options = RowOptions { forbidden: sequence.forbidden(), mask: None, n_logprobs: request.logprobs };
+            (*work, samplers[&request.id].choose(row, index_of(sequence.n_emitted()), options))
+        };
+        works.par_iter().zip(rows).map(choose_row).collect()
+    }
+
+    /// Turns the choices into events and hands them to the scheduler.
+    fn settle(&mut self, plan: &StepPlan, events: &mut Vec<EngineEvent>) {
+        let mut outcomes = Vec::new();
+        for (work, chosen) in self.choose(plan) {
+            let sequence = self.scheduler.sequence(work.key);
+            let (id, index) = (sequence.request().id, index_of(sequence.n_emitted()));
+            match chosen {
+                Ok(Chosen { token, logprobs }) => {
+                    self.samplers.get_mut(&id).expect("live requests have a sampler").push(token);
+                    self.counters.decode_tokens += 1;
+                    events.push(EngineEvent::Token { id, index, token, logprobs });
+                    outcomes.push(Outcome::Token(token));
+                }
+                Err(error) => {
+                    self.samplers.remove(&id);
+                    events.push(EngineEvent::Failed { id, error: request_error(error, index) });
+                    outcomes.push(Outcome::Failed);
+                }
+            }
+        }
+        let ended = self.scheduler.commit(plan, &outcomes);
+        self.report_ended(&ended, events);
+    }
+
+    fn report_ended(&mut self, ended: &[Ended], events: &mut Vec<EngineEvent>) {
+        for &Ended { id, reason, usage } in ended {
+            self.samplers.remove(&id);
+            events.push(EngineEvent::Finished { id, reason, usage });
+        }
+    }
+
+    fn count(&mut self, plan: &StepPlan) -> StepReport {
+        let is_decode = |work: &&Work| {
+            let sequence = self.scheduler.sequence(work.key);
+            work.chooses && work.n_tokens == 1 && sequence.n_emitted() > 0
+        };
+        let n_decode = index_of(plan.work.iter().filter(is_decode).count());
+        let n_tokens = index_of(plan.work.iter().map(|work| work.n_tokens).sum());
+        self.counters.steps += 1;
+        self.counters.prefill_tokens += u64::from(n_tokens - n_decode);
+        StepReport {
+            n_sequences: index_of(plan.work.len()),
+            n_prefill_tokens: n_tokens - n_decode,
+            n_decode_tokens: n_decode,
+            n_preempted: plan.n_preempted,
+            busy: false,
+        }
+    }
+}
+
+impl<M: StepModel> Engine for LlmEngine<M> {
+    fn submit(&mut self, request: EngineRequest) -> Result<(), RequestError> {
+        validate(&request, self.model.n_vocab())?;
+        let id = request.id;
+        let sampler = Sampler::new(&request.sampling, &request.prompt, &request.emitted);
+        self.scheduler.submit(request)?;
+        self.samplers.insert(id, sampler);
+        Ok(())
+    }
+
+    fn cancel(&mut self, id: RequestId) {
+        self.scheduler.cancel(id);
+    }
+
+    fn step(&mut self, events: &mut Vec<EngineEvent>) -> Result<StepReport, EngineError> {
+        let plan = self.scheduler.plan((self.clock)());
+        self.counters.preemptions += u64::from(plan.n_preempted);
+        self.report_ended(&plan.ended, events);
+        if plan.work.is_empty() {
+            let busy = self.scheduler.is_busy();
+            return Ok(StepReport { n_preempted: plan.n_preempted, busy, ..StepReport::default() });
+        }
+        batch::fill(&mut self.batch, &plan, &self.scheduler);
+        self.model.run(&self.batch, &mut self.logits).map_err(engine_error)?;
+        let report = self.count(&plan);
+        self.settle(&plan, events);
+        Ok(StepReport { busy: self.scheduler.is_busy(), ..report })
+    }
+
+    fn stats(&self) -> EngineStats {
+        let kv = self.scheduler.kv();
+        let memory = self.model.memory();
+        let prefix = self.scheduler.prefix_stats();
+        EngineStats {
+            running: index_of(self.scheduler.n_running()),
+            waiting: index_of(self.scheduler.n_waiting()),
+            queued_tokens: self.scheduler.n_queued_tokens() as u64,
+            kv_blocks_used: index_of(kv.n_total() - kv.n_free()),
+            kv_blocks_cached: index_of(kv.n_idle()),
+            kv_blocks_total: index_of(kv.n_total()),
+            steps: self.counters.steps,
+            prefill_tokens: self.counters.prefill_tokens,
+            decode_tokens: self.counters.decode_tokens,
+            preemptions: self.counters.preemptions,
+            prefix_queries: prefix.queries,
+            prefix_hits: prefix.hits,
+            weight_bytes: memory.weights,
+            kv_bytes: memory.kv,
+            scratch_bytes: memory.scratch,
+        }
+    }
+
+    fn teardown(self: Box<Self>) {
+        drop(self);
+    }
+}
+
+fn index_of(n: usize) -> u32 {
+    u32::try_from(n).expect("tokens and blocks are counted in 32 bits")
+}
+
+fn request_error(error: SampleError, index: u32) -> RequestError {
+    match error {
+        SampleError::NotFinite { token, found } => RequestError::BadLogits { index, token, found: found.to_string() },
+        SampleError::NothingToChoose => RequestError::NothingToChoose { index },
+    }
+}
+
+/// A backend's error as the engine's owner sees it.
+pub fn engine_error(error: BackendError) -> EngineError {
+    match error {
+        BackendError::OutOfMemory { device, what, requested, free } => {
+            EngineError::OutOfMemory { device, what, requested, free }
+        }
+        BackendError::Unsupported { .. } => EngineError::BadModel(error.to_string()),
+        BackendError::Device { device, op, detail } => EngineError::DeviceLost { device, op, detail },
+    }
+}
