@@ -111,7 +111,7 @@ impl Rig {
             if work.chooses {
                 let token = next_token(sequence.tokens());
                 // Prompts that begin with 13 make the model fail at a place that depends on the text.
-                let fails = sequence.tokens()[0] == 13 && token % 5 == 0;
+                let fails = sequence.tokens()[0] == 13 && token.is_multiple_of(5);
                 outcomes.push(if fails { Outcome::Failed } else { Outcome::Token(token) });
                 let id = sequence.request().id;
                 if fails {
@@ -160,7 +160,7 @@ fn expected(request: &EngineRequest, n_limit: usize) -> Vec<u32> {
     let mut output = Vec::new();
     while output.len() < request.max_tokens as usize && tokens.len() < n_limit {
         let token = next_token(&tokens);
-        if tokens[0] == 13 && token % 5 == 0 {
+        if tokens[0] == 13 && token.is_multiple_of(5) {
             break;
         }
         tokens.push(token);
