@@ -19,14 +19,14 @@ pub fn decode_block(block: &Block, out: &mut [f32; ELEMS]) {
 }
 
 /// The nearest bfloat16, ties to even. NaNs keep sign and upper payload and become quiet, so that cutting the
-/// payload cannot turn one into an infinity.
+/// payload cannot turn one into an infinity. Never `None`.
 #[inline]
-pub fn encode_block(x: &[f32; ELEMS]) -> Block {
+pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {
     let bits = x[0].to_bits();
     let upper = if bits & 0x7fff_ffff > 0x7f80_0000 {
         (bits >> 16) | 0x0040
     } else {
         (bits + 0x7fff + ((bits >> 16) & 1)) >> 16
     };
-    Block((upper as u16).to_le_bytes())
+    Some(Block((upper as u16).to_le_bytes()))
 }

@@ -25,12 +25,6 @@ pub enum DTypeError {
         /// Bytes given.
         found: usize,
     },
-    /// The format can be read but not written.
-    #[error("no encoder for {dtype}; types that can be written: {}", super::ENCODABLE_NAMES)]
-    NoEncoder {
-        /// The format asked for.
-        dtype: DType,
-    },
     /// An infinity or NaN, which the format cannot hold.
     #[error("{dtype} cannot hold {value} at element {index}; quantised types take finite values only")]
     NotFinite {

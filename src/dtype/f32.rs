@@ -18,8 +18,8 @@ pub fn decode_block(block: &Block, out: &mut [f32; ELEMS]) {
     out[0] = f32::from_le_bytes(block.0);
 }
 
-/// Exact.
+/// Exact; never `None`.
 #[inline]
-pub fn encode_block(x: &[f32; ELEMS]) -> Block {
-    Block(x[0].to_le_bytes())
+pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {
+    Some(Block(x[0].to_le_bytes()))
 }

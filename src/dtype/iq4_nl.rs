@@ -2,7 +2,9 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::encode::{finite_half, largest_magnitude, nibbles};
 use super::f16::Half;
+use super::fit;
 
 /// Elements of a block.
 pub const ELEMS: usize = 32;
@@ -36,4 +38,15 @@ pub(super) fn decode_codes(d: f32, qs: &[u8; 16], out: &mut [f32; ELEMS]) {
         low[i] = d * VALUES[(byte & 0x0f) as usize] as f32;
         high[i] = d * VALUES[(byte >> 4) as usize] as f32;
     }
+}
+
+/// Scale and codes for the least squared error that [`fit`]'s search finds.
+///
+/// `None` if an element is not finite or the scale exceeds the range of f16.
+pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {
+    if largest_magnitude(x) > 65504.0 * 128.0 {
+        return None;
+    }
+    let d = finite_half(fit::table_scale(x, &VALUES))?;
+    Some(Block { d, qs: nibbles(&fit::table_codes(x, d.to_f32(), &VALUES)) })
 }

@@ -3,7 +3,9 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::encode::nibbles;
 use super::f16::Half;
+use super::fit;
 use super::iq4_nl;
 
 /// Elements of a block.
@@ -44,4 +46,24 @@ pub fn decode_block(block: &Block, out: &mut [f32; ELEMS]) {
     for (sub_idx, (sub, qs)) in subs.enumerate() {
         iq4_nl::decode_codes(d * scales[sub_idx] as f32, qs, sub);
     }
+}
+
+/// Scales and codes for the least squared error that [`fit`]'s search finds.
+///
+/// `None` if an element is not finite or a scale exceeds the range of f16.
+pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {
+    let fit = fit::table_block::<32, 8>(x, &iq4_nl::VALUES, 32.0)?;
+    let mut block = Block { d: fit.d, scales_h: [0; 2], scales_l: [0; 4], qs: [0; 128] };
+    let mut high = 0;
+    for (s, scale) in fit.scales.iter().enumerate() {
+        let bits = (scale + 32) as u8;
+        block.scales_l[s / 2] |= (bits & 0x0f) << (4 * (s % 2));
+        high |= (bits as u16 >> 4) << (2 * s);
+    }
+    block.scales_h = high.to_le_bytes();
+    let codes = fit.q.map(|code| code as u8);
+    for (q, qs) in codes.as_chunks::<32>().0.iter().zip(block.qs.as_chunks_mut::<16>().0) {
+        *qs = nibbles(q);
+    }
+    Some(block)
 }

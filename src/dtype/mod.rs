@@ -4,31 +4,35 @@
 //! [`DType::block_bytes`] bytes each. The numeric ids are those of `ggml_type` (ggml `docs/gguf.md`).
 //!
 //! Each format's file has its block as a plain struct (little-endian, alignment 1), its scalar decoder, which is the
-//! reference for every kernel on every device, and where we write the format its encoder. All of them round after
-//! every operation, in the order that the file's formula shows, so that the decoded bits are the same everywhere.
+//! reference for every kernel on every device, and its encoder. Decoders round after every operation, in the order that
+//! the file's formula shows, so that the decoded bits are the same everywhere.
 
-pub mod bf16;
 mod error;
-pub mod f16;
 pub mod f32;
-pub mod iq4_nl;
-pub mod iq4_xs;
-pub mod k_scales;
-pub mod mxfp4;
-pub mod q2_k;
-pub mod q3_k;
+pub mod f16;
+pub mod bf16;
 pub mod q4_0;
 pub mod q4_1;
-pub mod q4_k;
 pub mod q5_0;
 pub mod q5_1;
+pub mod q8_0;
+pub mod q2_k;
+pub mod q3_k;
+pub mod k_scales;
+pub mod q4_k;
 pub mod q5_k;
 pub mod q6_k;
-pub mod q8_0;
+pub mod iq4_nl;
+pub mod iq4_xs;
+pub mod mxfp4;
+mod encode;
+mod fit;
+mod random;
 
 use bytemuck::Pod;
 
 pub use error::DTypeError;
+pub use random::{FILL_ELEMS, RandomBlocks};
 
 /// A format of tensor data that Playhouse can load and run.
 ///
@@ -83,7 +87,7 @@ struct Row {
     /// Lengths are checked by the caller.
     decode: DecodeFn,
     /// Lengths are checked by the caller.
-    encode: Option<EncodeFn>,
+    encode: EncodeFn,
 }
 
 /// One row per format, in the order of [`DType`].
@@ -95,7 +99,7 @@ const TABLE: [Row; 16] = [
         elems: f32::ELEMS,
         bytes: size_of::<f32::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, f32::decode_block),
-        encode: Some(|x, bytes| each_encoded(x, bytes, f32::encode_block)),
+        encode: |x, bytes| encode::each_block(DType::F32, x, bytes, f32::encode_block),
     },
     Row {
         dtype: DType::F16,
@@ -104,7 +108,7 @@ const TABLE: [Row; 16] = [
         elems: f16::ELEMS,
         bytes: size_of::<f16::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, f16::decode_block),
-        encode: Some(f16::encode),
+        encode: f16::encode,
     },
     Row {
         dtype: DType::BF16,
@@ -113,7 +117,7 @@ const TABLE: [Row; 16] = [
         elems: bf16::ELEMS,
         bytes: size_of::<bf16::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, bf16::decode_block),
-        encode: Some(|x, bytes| each_encoded(x, bytes, bf16::encode_block)),
+        encode: |x, bytes| encode::each_block(DType::BF16, x, bytes, bf16::encode_block),
     },
     Row {
         dtype: DType::Q4_0,
@@ -122,7 +126,7 @@ const TABLE: [Row; 16] = [
         elems: q4_0::ELEMS,
         bytes: size_of::<q4_0::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, q4_0::decode_block),
-        encode: None,
+        encode: |x, bytes| encode::each_block(DType::Q4_0, x, bytes, q4_0::encode_block),
     },
     Row {
         dtype: DType::Q4_1,
@@ -131,7 +135,7 @@ const TABLE: [Row; 16] = [
         elems: q4_1::ELEMS,
         bytes: size_of::<q4_1::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, q4_1::decode_block),
-        encode: None,
+        encode: |x, bytes| encode::each_block(DType::Q4_1, x, bytes, q4_1::encode_block),
     },
     Row {
         dtype: DType::Q5_0,
@@ -140,7 +144,7 @@ const TABLE: [Row; 16] = [
         elems: q5_0::ELEMS,
         bytes: size_of::<q5_0::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, q5_0::decode_block),
-        encode: None,
+        encode: |x, bytes| encode::each_block(DType::Q5_0, x, bytes, q5_0::encode_block),
     },
     Row {
         dtype: DType::Q5_1,
@@ -149,7 +153,7 @@ const TABLE: [Row; 16] = [
         elems: q5_1::ELEMS,
         bytes: size_of::<q5_1::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, q5_1::decode_block),
-        encode: None,
+        encode: |x, bytes| encode::each_block(DType::Q5_1, x, bytes, q5_1::encode_block),
     },
     Row {
         dtype: DType::Q8_0,
@@ -158,7 +162,7 @@ const TABLE: [Row; 16] = [
         elems: q8_0::ELEMS,
         bytes: size_of::<q8_0::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, q8_0::decode_block),
-        encode: None,
+        encode: |x, bytes| encode::each_block(DType::Q8_0, x, bytes, q8_0::encode_block),
     },
     Row {
         dtype: DType::Q2_K,
@@ -167,7 +171,7 @@ const TABLE: [Row; 16] = [
         elems: q2_k::ELEMS,
         bytes: size_of::<q2_k::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, q2_k::decode_block),
-        encode: None,
+        encode: |x, bytes| encode::each_block(DType::Q2_K, x, bytes, q2_k::encode_block),
     },
     Row {
         dtype: DType::Q3_K,
@@ -176,7 +180,7 @@ const TABLE: [Row; 16] = [
         elems: q3_k::ELEMS,
         bytes: size_of::<q3_k::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, q3_k::decode_block),
-        encode: None,
+        encode: |x, bytes| encode::each_block(DType::Q3_K, x, bytes, q3_k::encode_block),
     },
     Row {
         dtype: DType::Q4_K,
@@ -185,7 +189,7 @@ const TABLE: [Row; 16] = [
         elems: q4_k::ELEMS,
         bytes: size_of::<q4_k::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, q4_k::decode_block),
-        encode: None,
+        encode: |x, bytes| encode::each_block(DType::Q4_K, x, bytes, q4_k::encode_block),
     },
     Row {
         dtype: DType::Q5_K,
@@ -194,7 +198,7 @@ const TABLE: [Row; 16] = [
         elems: q5_k::ELEMS,
         bytes: size_of::<q5_k::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, q5_k::decode_block),
-        encode: None,
+        encode: |x, bytes| encode::each_block(DType::Q5_K, x, bytes, q5_k::encode_block),
     },
     Row {
         dtype: DType::Q6_K,
@@ -203,7 +207,7 @@ const TABLE: [Row; 16] = [
         elems: q6_k::ELEMS,
         bytes: size_of::<q6_k::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, q6_k::decode_block),
-        encode: None,
+        encode: |x, bytes| encode::each_block(DType::Q6_K, x, bytes, q6_k::encode_block),
     },
     Row {
         dtype: DType::IQ4_NL,
@@ -212,7 +216,7 @@ const TABLE: [Row; 16] = [
         elems: iq4_nl::ELEMS,
         bytes: size_of::<iq4_nl::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, iq4_nl::decode_block),
-        encode: None,
+        encode: |x, bytes| encode::each_block(DType::IQ4_NL, x, bytes, iq4_nl::encode_block),
     },
     Row {
         dtype: DType::IQ4_XS,
@@ -221,7 +225,7 @@ const TABLE: [Row; 16] = [
         elems: iq4_xs::ELEMS,
         bytes: size_of::<iq4_xs::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, iq4_xs::decode_block),
-        encode: None,
+        encode: |x, bytes| encode::each_block(DType::IQ4_XS, x, bytes, iq4_xs::encode_block),
     },
     Row {
         dtype: DType::MXFP4,
@@ -230,11 +234,9 @@ const TABLE: [Row; 16] = [
         elems: mxfp4::ELEMS,
         bytes: size_of::<mxfp4::Block>(),
         decode: |bytes, out| each_decoded(bytes, out, mxfp4::decode_block),
-        encode: None,
+        encode: |x, bytes| encode::each_block(DType::MXFP4, x, bytes, mxfp4::encode_block),
     },
 ];
-
-const ENCODABLE_NAMES: &str = "F32, F16, BF16";
 
 /// `ggml_type` ids that we refuse, so that the refusal can name them. Some were withdrawn by ggml.
 const REFUSED: &[(u32, &str)] = &[
@@ -341,20 +343,14 @@ impl DType {
         Ok(())
     }
 
-    /// Whether [`DType::encode`] can write this format.
-    pub const fn can_encode(self) -> bool {
-        self.row().encode.is_some()
-    }
-
     /// Encodes `x`, rounding as the format's file says.
     ///
     /// # Errors
-    /// [`DTypeError::NoEncoder`], [`DTypeError::PartialBlock`] and [`DTypeError::ByteLength`] before anything is
-    /// written; [`DTypeError::NotFinite`] and [`DTypeError::TooLarge`] from the quantised formats.
+    /// [`DTypeError::PartialBlock`] and [`DTypeError::ByteLength`] before anything is written;
+    /// [`DTypeError::NotFinite`] and [`DTypeError::TooLarge`] from the quantised formats.
     pub fn encode(self, x: &[f32], bytes: &mut [u8]) -> Result<(), DTypeError> {
-        let encode = self.row().encode.ok_or(DTypeError::NoEncoder { dtype: self })?;
         self.check_lengths(x.len(), bytes.len())?;
-        encode(x, bytes)
+        (self.row().encode)(x, bytes)
     }
 
     fn check_lengths(self, n_elems: usize, found: usize) -> Result<(), DTypeError> {
@@ -379,16 +375,4 @@ fn each_decoded<B: Pod, const N: usize>(bytes: &[u8], out: &mut [f32], decode: i
     for (block, out) in bytemuck::cast_slice::<u8, B>(bytes).iter().zip(out.as_chunks_mut::<N>().0) {
         decode(block, out);
     }
-}
-
-#[inline(always)]
-fn each_encoded<B: Pod, const N: usize>(
-    x: &[f32],
-    bytes: &mut [u8],
-    encode: impl Fn(&[f32; N]) -> B,
-) -> Result<(), DTypeError> {
-    for (x, block) in x.as_chunks::<N>().0.iter().zip(bytemuck::cast_slice_mut::<u8, B>(bytes)) {
-        *block = encode(x);
-    }
-    Ok(())
 }

@@ -11,6 +11,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::encode::{largest_magnitude, nibbles};
+
 /// Elements of a block.
 pub const ELEMS: usize = 32;
 
@@ -44,4 +46,37 @@ pub fn decode_block(block: &Block, out: &mut [f32; ELEMS]) {
         low[i] = d * VALUES[(byte & 0x0f) as usize] as f32;
         high[i] = d * VALUES[(byte >> 4) as usize] as f32;
     }
+}
+
+/// Scale: the power of two that puts the largest magnitude into `[4, 8)`, of which E2M1 holds up to 6 (OCP section 6.3).
+/// Codes: the nearest, ties towards zero; zeros of either sign become code 0. The same bytes as ggml, which takes the
+/// exponent from a logarithm in f32: within about 2^-20 below a power of two it is that of the power.
+///
+/// Magnitudes below 2^-125 share the smallest scale. `None` if an element is not finite.
+#[inline]
+pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {
+    let largest = largest_magnitude(x);
+    if !largest.is_finite() {
+        return None;
+    }
+    let e = exponent(largest);
+    let d = half_scale(e);
+    // Halfway between neighbouring magnitudes. The products are exact, so that ties are ties, subnormal or not.
+    let thresholds = [0.5 * d, 1.5 * d, 2.5 * d, 3.5 * d, 5.0 * d, 7.0 * d, 10.0 * d];
+    let q = std::array::from_fn(|i| {
+        let magnitude = thresholds.iter().map(|threshold| (x[i].abs() > *threshold) as u8).sum::<u8>();
+        magnitude | if x[i] < 0.0 && magnitude > 0 { 8 } else { 0 }
+    });
+    Some(Block { e, qs: nibbles(&q) })
+}
+
+/// `floor(log2(largest)) - 2 + 127`, not below 0.
+#[inline]
+fn exponent(largest: f32) -> u8 {
+    if largest == 0.0 {
+        return 0;
+    }
+    // Computed in f64 and rounded once, so that it does not hang on the platform's `log2f`.
+    let log2 = libm::log2(largest as f64) as f32;
+    (log2.floor() - 2.0 + 127.0) as u8
 }

@@ -4,6 +4,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::f16::Half;
+use super::fit;
 
 /// Elements of a block.
 pub const ELEMS: usize = 256;
@@ -37,4 +38,21 @@ pub fn decode_block(block: &Block, out: &mut [f32; ELEMS]) {
             *x = scale * ((byte >> shift) & 3) as f32 - min;
         }
     }
+}
+
+/// Scales, minima and codes for the least squared error that [`fit`]'s search finds.
+///
+/// `None` if an element is not finite or a scale exceeds the range of f16.
+pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {
+    let fit = fit::affine_block::<16, 16>(x, 3.0, 15.0)?;
+    let mut block = Block {
+        scales: std::array::from_fn(|s| fit.scales[s] | fit.mins[s] << 4),
+        qs: [0; 64],
+        d: fit.d,
+        dmin: fit.dmin,
+    };
+    for (i, q) in fit.q.iter().enumerate() {
+        block.qs[32 * (i / 128) + i % 32] |= q << (2 * (i % 128 / 32));
+    }
+    Some(block)
 }

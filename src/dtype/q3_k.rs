@@ -4,6 +4,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::f16::Half;
+use super::fit;
 
 /// Elements of a block.
 pub const ELEMS: usize = 256;
@@ -52,4 +53,30 @@ pub fn decode_block(block: &Block, out: &mut [f32; ELEMS]) {
             *x = scale * (low as i32 - 4 * (1 - high as i32)) as f32;
         }
     }
+}
+
+/// The inverse of [`unpack_scales`].
+#[inline]
+pub fn pack_scales(scales: &[i8; 16]) -> [u8; 12] {
+    let mut packed = [0; 12];
+    for (s, scale) in scales.iter().enumerate() {
+        let bits = (scale + 32) as u8;
+        packed[s % 8] |= (bits & 0x0f) << (4 * (s / 8));
+        packed[8 + s % 4] |= ((bits >> 4) & 3) << (2 * (s / 4));
+    }
+    packed
+}
+
+/// Scales and codes for the least squared error that [`fit`]'s search finds.
+///
+/// `None` if an element is not finite or a scale exceeds the range of f16.
+pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {
+    let fit = fit::symmetric_block::<16, 16>(x, 4.0, 32.0)?;
+    let mut block = Block { hmask: [0; 32], qs: [0; 64], scales: pack_scales(&fit.scales), d: fit.d };
+    for (i, q) in fit.q.iter().enumerate() {
+        let bits = (q + 4) as u8;
+        block.qs[32 * (i / 128) + i % 32] |= (bits & 3) << (2 * (i % 128 / 32));
+        block.hmask[i % 32] |= (bits >> 2) << (i / 32);
+    }
+    Some(block)
 }

@@ -4,6 +4,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::f16::Half;
+use super::fit;
 use super::k_scales;
 
 /// Elements of a block.
@@ -38,4 +39,21 @@ pub fn decode_block(block: &Block, out: &mut [f32; ELEMS]) {
             *x = scale * ((byte >> shift) & 0x0f) as f32 - min;
         }
     }
+}
+
+/// Scales, minima and codes for the least squared error that [`fit`]'s search finds.
+///
+/// `None` if an element is not finite or a scale exceeds the range of f16.
+pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {
+    let fit = fit::affine_block::<32, 8>(x, 15.0, 63.0)?;
+    Some(Block { d: fit.d, dmin: fit.dmin, scales: k_scales::pack(&fit.scales, &fit.mins), qs: low_nibbles(&fit.q) })
+}
+
+/// The lower four bits of 256 codes, in the order of [`Block::qs`].
+#[inline]
+pub(super) fn low_nibbles(q: &[u8; 256]) -> [u8; 128] {
+    std::array::from_fn(|i| {
+        let first = 64 * (i / 32) + i % 32;
+        (q[first] & 0x0f) | q[first + 32] << 4
+    })
 }

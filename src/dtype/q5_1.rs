@@ -2,6 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::encode::{fifth_bits, finite_half, inverse_or_zero, nibbles, range};
 use super::f16::Half;
 
 /// Elements of a block.
@@ -35,4 +36,16 @@ pub fn decode_block(block: &Block, out: &mut [f32; ELEMS]) {
         low[i] = d * q_low as f32 + m;
         high[i] = d * q_high as f32 + m;
     }
+}
+
+/// The smallest element becomes code 0, the largest 31, the others the nearest, ties upwards. The same bytes as ggml.
+///
+/// `None` if an element is not finite, or the scale or the minimum exceeds the range of f16.
+#[inline]
+pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {
+    let (min, max) = range(x)?;
+    let scale = (max - min) / 31.0;
+    let inverse = inverse_or_zero(scale);
+    let q = std::array::from_fn(|i| (((x[i] - min) * inverse + 0.5) as i32).min(31) as u8);
+    Some(Block { d: finite_half(scale)?, m: finite_half(min)?, qh: fifth_bits(&q), qs: nibbles(&q) })
 }

@@ -4,7 +4,9 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::f16::Half;
+use super::fit;
 use super::k_scales;
+use super::q4_k::low_nibbles;
 
 /// Elements of a block.
 pub const ELEMS: usize = 256;
@@ -42,4 +44,19 @@ pub fn decode_block(block: &Block, out: &mut [f32; ELEMS]) {
             *x = scale * (low | high << 4) as f32 - min;
         }
     }
+}
+
+/// Scales, minima and codes for the least squared error that [`fit`]'s search finds.
+///
+/// `None` if an element is not finite or a scale exceeds the range of f16.
+pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {
+    let fit = fit::affine_block::<32, 8>(x, 31.0, 63.0)?;
+    let qh = std::array::from_fn(|i| (0..8).fold(0, |bits, s| bits | (fit.q[32 * s + i] >> 4) << s));
+    Some(Block {
+        d: fit.d,
+        dmin: fit.dmin,
+        scales: k_scales::pack(&fit.scales, &fit.mins),
+        qh,
+        qs: low_nibbles(&fit.q),
+    })
 }

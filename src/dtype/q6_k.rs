@@ -4,6 +4,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::f16::Half;
+use super::fit;
 
 /// Elements of a block.
 pub const ELEMS: usize = 256;
@@ -39,4 +40,19 @@ pub fn decode_block(block: &Block, out: &mut [f32; ELEMS]) {
             *x = scale * ((low | high << 4) as i32 - 32) as f32;
         }
     }
+}
+
+/// Scales and codes for the least squared error that [`fit`]'s search finds.
+///
+/// `None` if an element is not finite or a scale exceeds the range of f16.
+pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {
+    let fit = fit::symmetric_block::<16, 16>(x, 32.0, 128.0)?;
+    let mut block = Block { ql: [0; 128], qh: [0; 64], scales: fit.scales, d: fit.d };
+    for (i, q) in fit.q.iter().enumerate() {
+        let bits = (q + 32) as u8;
+        let (half, i) = (i / 128, i % 128);
+        block.ql[64 * half + i % 64] |= (bits & 0x0f) << (4 * (i / 64));
+        block.qh[32 * half + i % 32] |= (bits >> 4) << (2 * (i / 32));
+    }
+    Some(block)
 }

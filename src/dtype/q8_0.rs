@@ -2,6 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use super::encode::{finite_half, inverse_or_zero, largest_magnitude};
 use super::f16::Half;
 
 /// Elements of a block.
@@ -26,4 +27,21 @@ pub fn decode_block(block: &Block, out: &mut [f32; ELEMS]) {
     for (x, &q) in out.iter_mut().zip(&block.qs) {
         *x = d * q as f32;
     }
+}
+
+/// Scale: the largest magnitude over 127. Codes: nearest, ties away from zero. The same bytes as ggml.
+///
+/// `None` if an element is not finite or the scale exceeds the range of f16.
+#[inline]
+pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {
+    let scale = largest_magnitude(x) / 127.0;
+    let d = finite_half(scale)?;
+    let inverse = inverse_or_zero(scale);
+    let qs = std::array::from_fn(|i| {
+        let t = x[i] * inverse;
+        let whole = t.abs() as i32;
+        let rounded = whole + (t.abs() - whole as f32 >= 0.5) as i32;
+        (if t < 0.0 { -rounded } else { rounded }) as i8
+    });
+    Some(Block { d, qs })
 }
