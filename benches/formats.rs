@@ -37,9 +37,7 @@ fn encode(bencher: Bencher<'_, '_>, dtype: &DType) {
 fn random_fill(bencher: Bencher<'_, '_>, dtype: &DType) {
     let blocks = RandomBlocks::new(*dtype, 0.02, 1).expect("0.02 fits every format");
     let mut bytes = vec![0; dtype.row_bytes(64 * N_ELEMS).expect("whole blocks")];
-    bencher
-        .counter(BytesCount::new(bytes.len()))
-        .bench_local(|| blocks.fill(0, 0, &mut bytes).expect("whole blocks"));
+    bencher.counter(BytesCount::new(bytes.len())).bench_local(|| blocks.fill(0, 0, &mut bytes).expect("whole blocks"));
 }
 
 #[divan::bench(args = DType::ALL, sample_count = 5)]

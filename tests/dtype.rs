@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use playhouse::dtype::{DType, DTypeError, type_name};
+use playhouse::dtype::DType;
 
 fn golden(dtype: DType, what: &str) -> Option<Vec<u8>> {
     let name = format!("tests/golden/dtype/{}.{what}.bin", dtype.name().to_lowercase());
