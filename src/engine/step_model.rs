@@ -48,3 +48,29 @@ pub trait StepModel {
     /// Bytes the model holds on its device.
     fn memory(&self) -> MemoryUse;
 }
+
+impl<M: StepModel + ?Sized> StepModel for Box<M> {
+    fn n_vocab(&self) -> usize {
+        (**self).n_vocab()
+    }
+
+    fn n_ctx(&self) -> usize {
+        (**self).n_ctx()
+    }
+
+    fn capacity(&self) -> StepCapacity {
+        (**self).capacity()
+    }
+
+    fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), BackendError> {
+        (**self).run(batch, logits)
+    }
+
+    fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), BackendError> {
+        (**self).copy_blocks(pairs)
+    }
+
+    fn memory(&self) -> MemoryUse {
+        (**self).memory()
+    }
+}

@@ -1,0 +1,207 @@
+//! The same request gives the same tokens and bit-equal log probabilities, whatever else the engine does.
+//!
+//! Each test asks one question of every model at hand: first a fake whose text depends on every KV slot it reads.
+
+mod engine_support;
+
+use engine_support::{FakeModel, Told, drain, request};
+use playhouse::engine::{EngineOptions, LlmEngine, StepCapacity, StepModel};
+use playhouse_actors::engine::{Engine, EngineRequest, RequestId, SamplingParams};
+
+/// Bits of one request's output.
+type Bits = Vec<(u32, u32, Vec<(u32, u32)>)>;
+
+const MAX_TOKENS: u32 = 40;
+
+/// A model that tests can load as often as they like.
+struct Subject {
+    name: String,
+    n_vocab: u32,
+    load: Box<dyn Fn(StepCapacity) -> Box<dyn StepModel>>,
+}
+
+fn subjects() -> Vec<Subject> {
+    let fake = Subject {
+        name: "fake".into(),
+        n_vocab: 97,
+        load: Box::new(|capacity| Box::new(FakeModel::new(capacity)) as Box<dyn StepModel>),
+    };
+    vec![fake]
+}
+
+impl Subject {
+    fn engine(&self, n_kv_blocks: usize, options: EngineOptions) -> LlmEngine<Box<dyn StepModel>> {
+        let capacity = StepCapacity { n_kv_blocks, max_batch_tokens: 512, max_logit_rows: 40 };
+        LlmEngine::new((self.load)(capacity), options)
+    }
+
+    /// Lengths at and around block edges, and one that fills several chunks.
+    fn prompts(&self) -> Vec<Vec<u32>> {
+        let prompt = |salt: u32, len: u32| (0..len).map(|i| (i * i + salt * 31 + i * salt) % self.n_vocab).collect();
+        [(1, 1), (2, 31), (3, 32), (4, 65), (5, 100)].map(|(salt, len)| prompt(salt, len)).to_vec()
+    }
+
+    fn alone(&self, request: EngineRequest, options: EngineOptions) -> Bits {
+        let mut engine = self.engine(64, options);
+        engine.submit(request).unwrap();
+        only(drain(&mut engine))
+    }
+
+    /// What each request of the table gives by itself.
+    fn baseline(&self) -> Vec<(EngineRequest, Bits)> {
+        let requests = (0u64..).zip(self.prompts()).map(|(id, prompt)| sampled(id, &prompt));
+        requests.map(|request| (request.clone(), self.alone(request, EngineOptions::default()))).collect()
+    }
+}
+
+fn only(told: std::collections::BTreeMap<RequestId, Told>) -> Bits {
+    assert_eq!(told.len(), 1);
+    told.into_values().next().unwrap().bits()
+}
+
+/// A request that uses every part of the sampler.
+fn sampled(id: u64, prompt: &[u32]) -> EngineRequest {
+    let sampling = SamplingParams {
+        logit_bias: vec![(3, 1.5), (4, -1.0)],
+        repetition_penalty: 1.1,
+        presence_penalty: 0.1,
+        frequency_penalty: 0.2,
+        temperature: 0.9,
+        top_k: 60,
+        top_p: 0.97,
+        min_p: 0.01,
+        seed: 40 + id,
+        choice: 1,
+    };
+    EngineRequest { sampling, logprobs: Some(3), ..request(id, prompt, MAX_TOKENS) }
+}
+
+fn strangers(subject: &Subject, n: u64) -> Vec<EngineRequest> {
+    let one = |i: u64| {
+        let len = 1 + (i * 37 % 90) as u32;
+        let prompt: Vec<u32> = (0..len).map(|at| (at * 5 + i as u32 * 11) % subject.n_vocab).collect();
+        EngineRequest { max_tokens: 5 + (i * 13 % 50) as u32, ..sampled(1000 + i, &prompt) }
+    };
+    (0..n).map(one).collect()
+}
+
+#[test]
+fn ten_runs_are_identical() {
+    for subject in subjects() {
+        let baseline = subject.baseline();
+        let mut engine = subject.engine(64, EngineOptions::default());
+        for run in 1..10 {
+            for (request, expected) in &baseline {
+                // Odd runs in a new engine, even ones in one that has served all the others.
+                let found = if run % 2 == 1 {
+                    subject.alone(request.clone(), EngineOptions::default())
+                } else {
+                    engine.submit(request.clone()).unwrap();
+                    only(drain(&mut engine))
+                };
+                assert_eq!(&found, expected, "{} run {run} {:?}", subject.name, request.id);
+            }
+        }
+    }
+}
+
+#[test]
+fn prefill_chunks_change_nothing() {
+    for subject in subjects() {
+        for (request, expected) in subject.baseline() {
+            for prefill_chunk in [1, 7, 16, 33, 512] {
+                let options = EngineOptions { prefill_chunk, ..EngineOptions::default() };
+                let found = subject.alone(request.clone(), options);
+                assert_eq!(found, expected, "{} chunk {prefill_chunk} {:?}", subject.name, request.id);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_prefix_cache_changes_nothing() {
+    for subject in subjects() {
+        for (request, expected) in subject.baseline() {
+            let off = EngineOptions { prefix_cache: false, ..EngineOptions::default() };
+            assert_eq!(subject.alone(request.clone(), off), expected, "{} off {:?}", subject.name, request.id);
+            let mut engine = subject.engine(64, EngineOptions::default());
+            for temperature in ["cold", "warm", "warmer"] {
+                engine.submit(request.clone()).unwrap();
+                let found = only(drain(&mut engine));
+                assert_eq!(found, expected, "{} {temperature} {:?}", subject.name, request.id);
+            }
+            let n_full = (request.prompt.len() as u64 - 1) / 32 * 32;
+            assert_eq!(engine.stats().prefix_hits, 2 * n_full, "the cache was in use");
+        }
+    }
+}
+
+#[test]
+fn thirty_two_strangers_change_nothing() {
+    for subject in subjects() {
+        for prefill_chunk in [16, 512] {
+            for (request, expected) in subject.baseline() {
+                let mut engine = subject.engine(256, EngineOptions { prefill_chunk, ..EngineOptions::default() });
+                let mut requests = strangers(&subject, 32);
+                requests.insert(16, request.clone());
+                requests.into_iter().for_each(|request| engine.submit(request).unwrap());
+                let told = drain(&mut engine);
+                assert_eq!(told.len(), 33);
+                assert_eq!(told[&request.id].bits(), expected, "{} {:?}", subject.name, request.id);
+            }
+        }
+    }
+}
+
+#[test]
+fn preemption_changes_nothing() {
+    for subject in subjects() {
+        for prefix_cache in [false, true] {
+            let baseline = subject.baseline();
+            // The five need 19 blocks at their longest; 8 are enough for the longest alone.
+            let mut engine = subject.engine(8, EngineOptions { prefix_cache, ..EngineOptions::default() });
+            baseline.iter().for_each(|(request, _)| engine.submit(request.clone()).unwrap());
+            let told = drain(&mut engine);
+            assert!(engine.stats().preemptions > 0, "{}: nothing was preempted", subject.name);
+            for (request, expected) in &baseline {
+                assert_eq!(&told[&request.id].bits(), expected, "{} {:?}", subject.name, request.id);
+            }
+        }
+    }
+}
+
+#[test]
+fn resuming_anywhere_changes_nothing() {
+    for subject in subjects() {
+        for (request, expected) in subject.baseline() {
+            let mut engine = subject.engine(64, EngineOptions { prefill_chunk: 16, ..EngineOptions::default() });
+            for n_emitted in 0..expected.len() {
+                let emitted = expected[..n_emitted].iter().map(|token| token.0).collect();
+                engine.submit(EngineRequest { emitted, ..request.clone() }).unwrap();
+                let told = drain(&mut engine).remove(&request.id).unwrap();
+                let place = format!("{} {:?} resumed at {n_emitted}", subject.name, request.id);
+                assert_eq!(told.first_index, Some(n_emitted as u32), "{place}");
+                assert_eq!(told.bits(), expected[n_emitted..], "{place}");
+            }
+        }
+    }
+}
+
+#[test]
+fn other_seeds_choices_and_temperatures_change_the_text() {
+    for subject in subjects() {
+        for (request, expected) in subject.baseline() {
+            let text = |bits: &Bits| bits.iter().map(|token| token.0).collect::<Vec<_>>();
+            let with = |change: fn(&mut SamplingParams)| {
+                let mut request = request.clone();
+                change(&mut request.sampling);
+                text(&subject.alone(request, EngineOptions::default()))
+            };
+            let expected = text(&expected);
+            assert_ne!(with(|params| params.seed += 1), expected, "{} seed", subject.name);
+            assert_ne!(with(|params| params.choice += 1), expected, "{} choice", subject.name);
+            assert_ne!(with(|params| params.temperature = 0.5), expected, "{} temperature", subject.name);
+            assert_ne!(with(|params| params.temperature = 0.0), expected, "{} greedy", subject.name);
+        }
+    }
+}
