@@ -45,8 +45,8 @@ pub(super) fn symmetric_block<const SUB: usize, const SUBS: usize>(
 
     let codes = |d: Half| {
         let mut q = [0.0; 256];
-        for ((x, q), scale) in x.iter().zip(&mut q).zip(spread::<SUB, SUBS>(&scales)) {
-            *q = round(x * self::inverse(d.to_f32() * scale)).max(-n_q).min(n_q - 1.0);
+        for (s, (x, q)) in subs.iter().zip(q.as_chunks_mut::<SUB>().0).enumerate() {
+            *q = scaled(x, self::inverse(d.to_f32() * scales[s]), 0.0, -n_q, n_q - 1.0);
         }
         let products = std::array::from_fn(|i| q[i] * scales[i / SUB]);
         (q, products)
@@ -85,7 +85,7 @@ pub(super) fn affine_block<const SUB: usize, const SUBS: usize>(
         let mut q = [0.0; 256];
         for (s, (x, q)) in subs.iter().zip(q.as_chunks_mut::<SUB>().0).enumerate() {
             let (inverse, min) = (inverse(d.to_f32() * scales[s]), dmin.to_f32() * mins[s]);
-            *q = x.map(|x| round((x + min) * inverse).max(0.0).min(max_q));
+            *q = scaled(x, inverse, -min, 0.0, max_q);
         }
         let products: [f32; 256] = std::array::from_fn(|i| q[i] * scales[i / SUB]);
         (q, products)
@@ -131,12 +131,12 @@ pub(super) fn table_block<const SUB: usize, const SUBS: usize>(
 pub(super) fn table_scale<const N: usize>(x: &[f32; N], values: &[i8; 16]) -> f32 {
     let Some(peak) = peak(x) else { return 0.0 };
     let (mut best_gain, mut best_scale) = (0.0, 0.0);
-    for step in -8..=8 {
-        let inverse = (values[0] as f32 + 2.0 * step as f32) / peak;
+    for step in -4..=4 {
+        let inverse = (values[0] as f32 + 4.0 * step as f32) / peak;
         if !inverse.is_finite() {
             return 0.0;
         }
-        let v = x.map(|x| values[nearest(x * inverse, values) as usize] as f32);
+        let v = nearest(x, inverse, values);
         let (xv, vv) = (dot(x, &v), dot(&v, &v));
         if xv * xv > best_gain * vv {
             (best_gain, best_scale) = (xv * xv / vv, xv / vv);
@@ -147,19 +147,28 @@ pub(super) fn table_scale<const N: usize>(x: &[f32; N], values: &[i8; 16]) -> f3
 
 /// The codes of the values nearest to `x / scale`.
 pub(super) fn table_codes<const N: usize>(x: &[f32; N], scale: f32, values: &[i8; 16]) -> [u8; N] {
-    let inverse = inverse(scale);
-    x.map(|x| nearest(x * inverse, values))
+    let nearest = nearest(x, inverse(scale), values);
+    nearest.map(|value| values.iter().position(|other| *other as f32 == value).unwrap_or(0) as u8)
 }
 
-/// Index of the value nearest to `t`, ties downwards.
-#[inline]
-fn nearest(t: f32, values: &[i8; 16]) -> u8 {
-    (1..16).map(|i| (t > 0.5 * (values[i - 1] as f32 + values[i] as f32)) as u8).sum()
+/// The value of the ascending table that is nearest to each `x * inverse`, ties downwards.
+///
+/// Climbs the table for all elements at once: compilers make vector code of that, and of a look-up they do not.
+fn nearest<const N: usize>(x: &[f32; N], inverse: f32, values: &[i8; 16]) -> [f32; N] {
+    let mut nearest = [values[0] as f32; N];
+    for pair in values.windows(2) {
+        let (low, high) = (pair[0] as f32, pair[1] as f32);
+        let middle = 0.5 * (low + high);
+        for (x, nearest) in x.iter().zip(&mut nearest) {
+            *nearest = if x * inverse > middle { high } else { *nearest };
+        }
+    }
+    nearest
 }
 
-/// Rejects what no scale could hold, so that no sum below overflows.
-fn fits(x: &[f32; 256]) -> Option<()> {
-    // The largest f16, times the largest scale (128), times the largest code (64).
+/// Rejects what is not finite and what no scale could hold, so that no sum here overflows.
+pub(super) fn fits<const N: usize>(x: &[f32; N]) -> Option<()> {
+    // The largest f16, times the largest scale (128), times the largest code (64); NaN compares false.
     (largest_magnitude(x) <= 65504.0 * 128.0 * 64.0).then_some(())
 }
 
@@ -172,7 +181,7 @@ fn symmetric_scale<const N: usize>(x: &[f32; N], n: f32) -> f32 {
         if !inverse.is_finite() {
             return 0.0;
         }
-        let q = x.map(|x| round(x * inverse).max(-n).min(n - 1.0));
+        let q = scaled(x, inverse, 0.0, -n, n - 1.0);
         // The best multiple of q leaves |x|^2 - (x.q)^2 / |q|^2.
         let (xq, qq) = (dot(x, &q), dot(&q, &q));
         if xq * xq > best_gain * qq {
@@ -193,7 +202,7 @@ fn affine_scale<const N: usize>(x: &[f32; N], max_q: f32) -> (f32, f32) {
         if !inverse.is_finite() {
             break;
         }
-        let q = x.map(|x| round((x - low) * inverse).max(0.0).min(max_q));
+        let q = scaled(x, inverse, low, 0.0, max_q);
         let (sum_q, qq, xq) = (sum(&q), dot(&q, &q), dot(x, &q));
         let determinant = n * qq - sum_q * sum_q;
         let (mut scale, mut offset) = ((n * xq - sum_x * sum_q) / determinant, (qq * sum_x - sum_q * xq) / determinant);
@@ -223,9 +232,16 @@ fn affine_refit(x: &[f32; 256], products: &[f32; 256], mins: &[f32; 256]) -> Opt
     if d < 0.0 || dmin < 0.0 { None } else { Some((finite_half(d)?, finite_half(dmin)?)) }
 }
 
-/// Each sub-block's value for each of its elements.
-fn spread<const SUB: usize, const SUBS: usize>(values: &[f32; SUBS]) -> impl Iterator<Item = f32> {
-    values.iter().flat_map(|value| std::iter::repeat_n(*value, SUB))
+/// `(x - offset) * inverse`, rounded and clamped.
+#[inline(always)]
+fn scaled<const N: usize>(x: &[f32; N], inverse: f32, offset: f32, min: f32, max: f32) -> [f32; N] {
+    let mut q = [0.0; N];
+    for (q, x) in q.iter_mut().zip(x) {
+        let rounded = round((x - offset) * inverse);
+        let raised = if rounded > min { rounded } else { min };
+        *q = if raised < max { raised } else { max };
+    }
+    q
 }
 
 /// `1 / scale`; 0 for a scale of 0, which decodes to 0 whatever the code.

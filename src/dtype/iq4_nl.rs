@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::encode::{finite_half, largest_magnitude, nibbles};
+use super::encode::{finite_half, nibbles};
 use super::f16::Half;
 use super::fit;
 
@@ -44,9 +44,7 @@ pub(super) fn decode_codes(d: f32, qs: &[u8; 16], out: &mut [f32; ELEMS]) {
 ///
 /// `None` if an element is not finite or the scale exceeds the range of f16.
 pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {
-    if largest_magnitude(x) > 65504.0 * 128.0 {
-        return None;
-    }
+    fit::fits(x)?;
     let d = finite_half(fit::table_scale(x, &VALUES))?;
     Some(Block { d, qs: nibbles(&fit::table_codes(x, d.to_f32(), &VALUES)) })
 }

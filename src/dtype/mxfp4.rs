@@ -63,14 +63,17 @@ pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {
     let d = half_scale(e);
     // Halfway between neighbouring magnitudes. The products are exact, so that ties are ties, subnormal or not.
     let thresholds = [0.5 * d, 1.5 * d, 2.5 * d, 3.5 * d, 5.0 * d, 7.0 * d, 10.0 * d];
-    let q = std::array::from_fn(|i| {
-        let magnitude = thresholds.iter().map(|threshold| (x[i].abs() > *threshold) as u8).sum::<u8>();
-        magnitude | if x[i] < 0.0 && magnitude > 0 { 8 } else { 0 }
-    });
+    let mut magnitudes = [0_u32; ELEMS];
+    for threshold in thresholds {
+        for (magnitude, x) in magnitudes.iter_mut().zip(x) {
+            *magnitude += (x.abs() > threshold) as u32;
+        }
+    }
+    let q = std::array::from_fn(|i| magnitudes[i] as u8 | if x[i] < 0.0 && magnitudes[i] > 0 { 8 } else { 0 });
     Some(Block { e, qs: nibbles(&q) })
 }
 
-/// `floor(log2(largest)) - 2 + 127`, not below 0.
+/// `floor(log2(largest)) - 2 + 127`, not below 0 and not above 252, the last scale at which every code is finite.
 #[inline]
 fn exponent(largest: f32) -> u8 {
     if largest == 0.0 {
@@ -78,5 +81,5 @@ fn exponent(largest: f32) -> u8 {
     }
     // Computed in f64 and rounded once, so that it does not hang on the platform's `log2f`.
     let log2 = libm::log2(largest as f64) as f32;
-    (log2.floor() - 2.0 + 127.0) as u8
+    (log2.floor() - 2.0 + 127.0).clamp(0.0, 252.0) as u8
 }
