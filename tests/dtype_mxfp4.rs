@@ -129,7 +129,8 @@ fn errors_stay_within_half_a_step() {
         for (x, y) in x.iter().zip(y) {
             let magnitude = x.abs() / unit;
             assert!(magnitude < 8.0, "{x} in units of {unit}");
-            let half_step = [(2.0, 0.25), (4.0, 0.5), (6.0, 1.0), (8.0, 2.0)].iter().find(|s| magnitude <= s.0).unwrap().1;
+            let half_step =
+                [(2.0, 0.25), (4.0, 0.5), (6.0, 1.0), (8.0, 2.0)].iter().find(|s| magnitude <= s.0).unwrap().1;
             assert!((x - y).abs() <= half_step * unit, "seed {seed}: {x} became {y}, unit {unit}");
         }
     }
@@ -181,10 +182,7 @@ fn misfits_are_refused() {
 #[test]
 fn captured_baseline() {
     let x: [f32; 32] = std::array::from_fn(|i| (i as f32 - 15.5) / 4.0);
-    let expected = Block {
-        e: 126,
-        qs: [15, 31, 47, 63, 79, 95, 94, 110, 110, 109, 125, 124, 123, 122, 121, 112],
-    };
+    let expected = Block { e: 126, qs: [15, 31, 47, 63, 79, 95, 94, 110, 110, 109, 125, 124, 123, 122, 121, 112] };
     assert_eq!(encode_block(&x).unwrap(), expected);
 
     let error = |shape: fn(f32) -> f32| {
