@@ -40,7 +40,7 @@ pub(super) fn decode_codes(d: f32, qs: &[u8; 16], out: &mut [f32; ELEMS]) {
     }
 }
 
-/// Scale and codes for the least squared error that [`fit`]'s search finds.
+/// Scale and codes for the least squared error that the search in `fit.rs` finds.
 ///
 /// `None` if an element is not finite or the scale exceeds the range of f16.
 pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {

@@ -67,7 +67,7 @@ pub fn pack_scales(scales: &[i8; 16]) -> [u8; 12] {
     packed
 }
 
-/// Scales and codes for the least squared error that [`fit`]'s search finds.
+/// Scales and codes for the least squared error that the search in `fit.rs` finds.
 ///
 /// `None` if an element is not finite or a scale exceeds the range of f16.
 pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {

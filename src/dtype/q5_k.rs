@@ -46,7 +46,7 @@ pub fn decode_block(block: &Block, out: &mut [f32; ELEMS]) {
     }
 }
 
-/// Scales, minima and codes for the least squared error that [`fit`]'s search finds.
+/// Scales, minima and codes for the least squared error that the search in `fit.rs` finds.
 ///
 /// `None` if an element is not finite or a scale exceeds the range of f16.
 pub fn encode_block(x: &[f32; ELEMS]) -> Option<Block> {

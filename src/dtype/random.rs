@@ -14,7 +14,7 @@ pub const FILL_ELEMS: usize = 256;
 
 /// Elements in the pool: 32,768 units of 32, or 4,096 of 256.
 const POOL_ELEMS: usize = 1 << 20;
-/// Elements encoded by one task, and bytes filled by one task (rounded to [`FILL_ELEMS`]).
+/// Elements encoded or filled by one task; a multiple of [`FILL_ELEMS`].
 const TASK_ELEMS: usize = 1 << 14;
 
 /// A source of blocks whose elements are distributed as `N(0, sigma^2)`, then encoded.
