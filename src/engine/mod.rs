@@ -1,6 +1,10 @@
 //! Paged KV, scheduler, interpreter, sampler: requests in, token events out.
 
 mod step_model;
+pub mod weights;
+pub mod forward;
+mod runner;
+mod vram;
 mod llm;
 pub mod sequence;
 pub mod scheduler;
@@ -10,5 +14,7 @@ pub mod sampler;
 mod validate;
 
 pub use llm::{EngineOptions, LlmEngine, engine_error};
+pub use runner::{LoadError, Runner, RunnerLimits};
 pub use step_model::{StepCapacity, StepModel};
 pub use validate::validate;
+pub use vram::{kv_blocks, kv_layout, vram_usage};
