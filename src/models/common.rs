@@ -239,7 +239,7 @@ pub(super) fn no_experts(keys: &Keys<'_>) -> Result<(), GgufError> {
 /// of rounding YaRN's ramp, about which files say nothing.
 pub(super) fn rope_scaling(keys: &Keys<'_>, truncate: bool) -> Result<RopeScaling, GgufError> {
     // Whether the model was tuned after stretching; the arithmetic is the same.
-    keys.informational("rope.scaling.finetuned");
+    keys.opt_bool("rope.scaling.finetuned")?;
     // YaRN's attention factor is `1 + 0.1 ln(factor)`. Files with another one, and what they mean by it (the product,
     // or the replacement), are not settled among converters.
     for (name, value) in [

@@ -18,8 +18,10 @@ const ACTIVATION: Activation = Activation::SwiGluClamped { alpha: 1.702, limit: 
 
 fn describe(keys: &Keys<'_>) -> Result<ModelSpec, ModelError> {
     let sizes = Sizes::read(keys, "expert_feed_forward_length")?;
-    // The width of the dense networks that some layers of other models have; here it repeats the experts'.
-    keys.informational("feed_forward_length");
+    if keys.opt_size("feed_forward_length")?.is_some_and(|f| f != sizes.ffn_dim) {
+        let expected = format_args!("{}, the experts' width: there are no other networks", sizes.ffn_dim);
+        return Err(keys.invalid("feed_forward_length", expected).into());
+    }
     let (n_experts, n_used) = experts(keys)?;
     let window = keys.tokens("attention.sliding_window")?;
     let windowed = windowed_layers(keys, sizes.n_layers)?;

@@ -150,9 +150,12 @@ impl<'a> Keys<'a> {
         Err(self.invalid(name, expected))
     }
 
-    /// Notes a key as honoured that says something about the model which changes no arithmetic.
-    pub fn informational(&self, name: &str) {
-        self.key(name);
+    /// A boolean that may be left out.
+    ///
+    /// # Errors
+    /// The key is there and no boolean.
+    pub fn opt_bool(&self, name: &str) -> Result<Option<bool>, GgufError> {
+        self.file.metadata().opt_bool(&self.key(name))
     }
 
     /// Refuses what was not read.

@@ -16,6 +16,7 @@ pub(super) const PHI3: Architecture = Architecture { name: "phi3", models: "Phi-
 
 const LONG: &str = "rope_factors_long.weight";
 const SHORT: &str = "rope_factors_short.weight";
+const ORIGINAL: &str = "rope.scaling.original_context_length";
 
 fn describe(keys: &Keys<'_>) -> Result<ModelSpec, ModelError> {
     let sizes = Sizes::read(keys, "feed_forward_length")?;
@@ -25,7 +26,7 @@ fn describe(keys: &Keys<'_>) -> Result<ModelSpec, ModelError> {
         n_rot,
         base: keys.positive("rope.freq_base")?,
         pairing: Pairing::Halves,
-        scaling: scaling(keys, n_rot)?,
+        scaling: scaling(keys, n_rot, sizes.n_ctx_train)?,
     };
     // 0 in files of models without a window.
     let window = keys.opt_tokens("attention.sliding_window")?;
@@ -65,20 +66,23 @@ fn slice(name: String, n_rows: usize, n_cols: usize, rows: Range<usize>) -> Line
 }
 
 /// LongRoPE where the file has its factors; the other `rope.scaling` keys mean nothing without them.
-fn scaling(keys: &Keys<'_>, n_rot: usize) -> Result<RopeScaling, GgufError> {
+fn scaling(keys: &Keys<'_>, n_rot: usize, n_ctx_train: usize) -> Result<RopeScaling, GgufError> {
     if keys.opt_str("rope.scaling.type")?.is_some_and(|t| t != "longrope" && t != "none") {
         return Err(keys.invalid("rope.scaling.type", "\"longrope\" or \"none\""));
     }
     if !keys.has_tensor(LONG) && !keys.has_tensor(SHORT) {
-        // Files of the 4k models repeat their context length here.
-        keys.informational("rope.scaling.original_context_length");
+        // Files of models that were not stretched repeat their context length here.
+        if keys.opt_tokens(ORIGINAL)?.is_some_and(|n| n != n_ctx_train) {
+            let expected = format_args!("{n_ctx_train}, the context length, or the tensors `{SHORT}` and `{LONG}`");
+            return Err(keys.invalid(ORIGINAL, expected));
+        }
         keys.neutral("rope.scaling.attn_factor", 1.0)?;
         return Ok(RopeScaling::None);
     }
     Ok(RopeScaling::LongRope {
         short: one(SHORT, Shape::Vector(n_rot / 2)),
         long: one(LONG, Shape::Vector(n_rot / 2)),
-        n_ctx_original: keys.tokens("rope.scaling.original_context_length")?,
+        n_ctx_original: keys.tokens(ORIGINAL)?,
         attn_factor: keys.positive("rope.scaling.attn_factor")?,
     })
 }
