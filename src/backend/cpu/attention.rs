@@ -10,9 +10,12 @@ use super::pool::Shards;
 use super::{CpuBackend, CpuTensor, Ctx, Isa, grow, math, matmul};
 use crate::backend::{AttentionOp, BLOCK_TOKENS, Batch, SeqSpan};
 use std::cell::RefCell;
+use std::ops::Range;
 
 /// Most tokens in one task.
 const TASK_TOKENS: usize = 8;
+/// Queries that share the loads of a value.
+const QUERIES: usize = 4;
 /// Multiply-adds below which a fork costs more than it saves.
 const SERIAL_MACS: usize = 1 << 15;
 
@@ -125,16 +128,34 @@ fn attend(
     outs.iter_mut().for_each(|o| o.fill(0.0));
     for part in blocks() {
         let (_, values) = kv.block(op.layer, part.block, task.kv_head);
-        let panel = grow(panel, part.n * hs);
-        for (j, row) in panel.chunks_exact_mut(hs).enumerate() {
-            matmul::decode_row(isa, values.dtype, values.row(part.offset + j), row);
-        }
+        let rows = match values.f32s() {
+            Some(all) => &all[part.offset * hs..][..part.n * hs],
+            None => {
+                let panel = grow(panel, part.n * hs);
+                for (j, row) in panel.chunks_exact_mut(hs).enumerate() {
+                    matmul::decode_row(isa, values.dtype, values.row(part.offset + j), row);
+                }
+                panel
+            }
+        };
         let from = part.position - begin;
-        for (query, out) in outs.iter_mut().enumerate() {
-            let range = seen[query].start.max(from)..seen[query].end.min(from + part.n);
-            if !range.is_empty() {
-                let weights = &scores[query * n_seen..][range.clone()];
-                add_weighted(isa, weights, &panel[(range.start - from) * hs..(range.end - from) * hs], out);
+        // The heads of a token see the same positions.
+        for (token, outs) in outs.chunks_mut(group).enumerate() {
+            let seen = &seen[token * group];
+            let range = seen.start.max(from)..seen.end.min(from + part.n);
+            if range.is_empty() {
+                continue;
+            }
+            let rows = &rows[(range.start - from) * hs..(range.end - from) * hs];
+            for (g, outs) in outs.chunks_mut(QUERIES).enumerate() {
+                let query = token * group + g * QUERIES;
+                let weights = &scores[query * n_seen..];
+                match outs {
+                    [a, b, c, d] => add_weighted_4(isa, weights, n_seen, range.clone(), rows, [a, b, c, d]),
+                    outs => outs.iter_mut().enumerate().for_each(|(i, out)| {
+                        add_weighted_1(isa, &weights[i * n_seen..], n_seen, range.clone(), rows, [out]);
+                    }),
+                }
             }
         }
     }
@@ -163,34 +184,94 @@ impl BlockPart {
 
 /// Turns scores into `exp(score - max)` and returns their sum, the sink's included.
 fn softmax(isa: Isa, scores: &mut [f32], sink: Option<f32>) -> f32 {
-    let max = scores.iter().copied().fold(sink.unwrap_or(f32::NEG_INFINITY), f32::max);
+    let max = lanes::max(isa, scores, sink.unwrap_or(f32::NEG_INFINITY));
     math::exp_minus(isa, scores, max);
     let sum = lanes::sum(isa, scores);
     sink.map_or(sum, |sink| sum + math::exp(sink - max))
 }
 
 dispatch!(
-    /// `out += sum_j weights[j] * rows[j]` in the order of `j`; `rows` `[weights][out]`.
-    fn add_weighted(weights: &[f32], rows: &[f32], out: &mut [f32]) = add_weighted_lanes
+    /// [`add_weighted_lanes`] for four queries.
+    fn add_weighted_4(weights: &[f32], stride: usize, range: Range<usize>, rows: &[f32], outs: [&mut [f32]; QUERIES])
+        = add_weighted_lanes
+);
+dispatch!(
+    /// [`add_weighted_lanes`] for one query.
+    fn add_weighted_1(weights: &[f32], stride: usize, range: Range<usize>, rows: &[f32], outs: [&mut [f32]; 1])
+        = add_weighted_lanes
 );
 
+/// `outs[q] += sum_j weights[q * stride + j] * rows[j]`, `j` ascending over `range`, of which `rows` holds one each.
 #[inline(always)]
-fn add_weighted_lanes<S: Lanes>(s: S, weights: &[f32], rows: &[f32], out: &mut [f32]) {
-    let n = out.len();
-    assert_eq!(rows.len(), weights.len() * n, "a row per weight");
-    let (whole, rest) = out.as_chunks_mut::<16>();
-    let n_whole = 16 * whole.len();
-    for (c, out) in whole.iter_mut().enumerate() {
-        let mut acc = s.load(out);
-        for (weight, row) in weights.iter().zip(rows.chunks_exact(n)) {
-            let (row, _) = row[16 * c..].as_chunks::<16>();
-            acc = s.mul_then_add(acc, s.splat(*weight), s.load(&row[0]));
-        }
-        s.store(acc, out);
+fn add_weighted_lanes<S: Lanes, const Q: usize>(
+    s: S,
+    weights: &[f32],
+    stride: usize,
+    range: Range<usize>,
+    rows: &[f32],
+    mut outs: [&mut [f32]; Q],
+) {
+    let n = outs[0].len();
+    assert_eq!(rows.len(), range.len() * n, "a row per weight");
+    let mut w = [&[][..]; Q];
+    for q in 0..Q {
+        w[q] = &weights[q * stride..][range.clone()];
     }
-    for (i, out) in rest.iter_mut().enumerate() {
-        for (weight, row) in weights.iter().zip(rows.chunks_exact(n)) {
-            *out += weight * row[n_whole + i];
+    let mut at = 0;
+    while at + 32 <= n {
+        add_weighted_columns::<S, Q, 2>(s, w, rows, at, &mut outs);
+        at += 32;
+    }
+    while at + 16 <= n {
+        add_weighted_columns::<S, Q, 1>(s, w, rows, at, &mut outs);
+        at += 16;
+    }
+    for i in at..n {
+        for q in 0..Q {
+            for (j, w) in w[q].iter().enumerate() {
+                outs[q][i] += w * rows[j * n + i];
+            }
         }
     }
+}
+
+/// Columns `at .. at + 16 * D` of [`add_weighted_lanes`], in `Q * D` accumulators.
+#[inline(always)]
+fn add_weighted_columns<S: Lanes, const Q: usize, const D: usize>(
+    s: S,
+    weights: [&[f32]; Q],
+    rows: &[f32],
+    at: usize,
+    outs: &mut [&mut [f32]; Q],
+) {
+    let n = outs[0].len();
+    let mut acc = [[s.splat(0.0); D]; Q];
+    for q in 0..Q {
+        for d in 0..D {
+            acc[q][d] = s.load(sixteen(outs[q], at + 16 * d));
+        }
+    }
+    for (j, row) in rows.chunks_exact(n).enumerate() {
+        let mut v = [s.splat(0.0); D];
+        for d in 0..D {
+            v[d] = s.load(sixteen(row, at + 16 * d));
+        }
+        for q in 0..Q {
+            let w = s.splat(weights[q][j]);
+            for d in 0..D {
+                acc[q][d] = s.mul_then_add(acc[q][d], w, v[d]);
+            }
+        }
+    }
+    for q in 0..Q {
+        for d in 0..D {
+            let (out, _) = outs[q][at + 16 * d..].as_chunks_mut::<16>();
+            s.store(acc[q][d], &mut out[0]);
+        }
+    }
+}
+
+#[inline(always)]
+fn sixteen(row: &[f32], at: usize) -> &[f32; 16] {
+    &row[at..].as_chunks::<16>().0[0]
 }

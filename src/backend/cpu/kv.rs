@@ -4,7 +4,6 @@
 //! `[layer][block][kv head][token in block]`: the 32 keys of a head in a block are one run, which attention reads
 //! as a matrix of the row's format.
 
-use super::lanes::Isa;
 use super::matmul::Mat;
 use crate::backend::{BLOCK_TOKENS, BackendError, KvDtype, KvLayout};
 use crate::dtype::DType;
@@ -13,8 +12,9 @@ use crate::dtype::DType;
 pub(super) struct KvCache {
     layout: KvLayout,
     row_bytes: usize,
-    keys: Vec<u8>,
-    values: Vec<u8>,
+    /// Words, so that rows of f32 are aligned.
+    keys: Vec<u32>,
+    values: Vec<u32>,
 }
 
 impl KvCache {
@@ -25,14 +25,14 @@ impl KvCache {
         Ok(Self {
             layout,
             row_bytes: layout.dtype.row_bytes(layout.head_dim),
-            keys: super::allocate(half, &what)?,
-            values: super::allocate(half, &what)?,
+            keys: super::allocate(half.div_ceil(4), &what)?,
+            values: super::allocate(half.div_ceil(4), &what)?,
         })
     }
 
     /// Bytes of keys and values.
     pub(super) fn bytes(&self) -> u64 {
-        (self.keys.len() + self.values.len()) as u64
+        4 * (self.keys.len() + self.values.len()) as u64
     }
 
     /// Asserts that the heads of an op are those of the cache.
@@ -62,14 +62,14 @@ impl KvCache {
     }
 
     /// Stores the key and value of one token, `[NKV * HS]` each.
-    pub(super) fn write(&mut self, isa: Isa, layer: usize, slot: usize, key: &[f32], value: &[f32]) {
+    pub(super) fn write(&mut self, layer: usize, slot: usize, key: &[f32], value: &[f32]) {
         let (block, token) = (slot / BLOCK_TOKENS, slot % BLOCK_TOKENS);
         let hs = self.layout.head_dim;
         for head in 0..self.layout.n_kv_heads {
             let at = self.offset(layer, block, head) + token * self.row_bytes;
             let (dtype, row) = (self.layout.dtype, at..at + self.row_bytes);
-            encode(isa, dtype, &key[head * hs..][..hs], &mut self.keys[row.clone()]);
-            encode(isa, dtype, &value[head * hs..][..hs], &mut self.values[row]);
+            encode(dtype, &key[head * hs..][..hs], &mut bytemuck::cast_slice_mut(&mut self.keys)[row.clone()]);
+            encode(dtype, &value[head * hs..][..hs], &mut bytemuck::cast_slice_mut(&mut self.values)[row]);
         }
     }
 
@@ -83,7 +83,10 @@ impl KvCache {
             n_rows: BLOCK_TOKENS,
             n_cols: self.layout.head_dim,
         };
-        (mat(&self.keys[at..][..self.head_bytes()]), mat(&self.values[at..][..self.head_bytes()]))
+        (
+            mat(&bytemuck::cast_slice(&self.keys)[at..][..self.head_bytes()]),
+            mat(&bytemuck::cast_slice(&self.values)[at..][..self.head_bytes()]),
+        )
     }
 
     /// Copies whole blocks in every layer.
@@ -92,8 +95,8 @@ impl KvCache {
         for layer in 0..self.layout.n_layers {
             for &(from, to) in pairs {
                 let (from, to) = (self.offset(layer, from as usize, 0), self.offset(layer, to as usize, 0));
-                self.keys.copy_within(from..from + len, to);
-                self.values.copy_within(from..from + len, to);
+                bytemuck::cast_slice_mut::<u32, u8>(&mut self.keys).copy_within(from..from + len, to);
+                bytemuck::cast_slice_mut::<u32, u8>(&mut self.values).copy_within(from..from + len, to);
             }
         }
     }
@@ -107,7 +110,7 @@ fn row_dtype(dtype: KvDtype) -> DType {
     }
 }
 
-fn encode(_isa: Isa, dtype: KvDtype, row: &[f32], out: &mut [u8]) {
+fn encode(dtype: KvDtype, row: &[f32], out: &mut [u8]) {
     match dtype {
         KvDtype::F32 => out.copy_from_slice(bytemuck::cast_slice(row)),
         KvDtype::F16 => {

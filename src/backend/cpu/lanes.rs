@@ -6,13 +6,16 @@
 //! [`Avx512`] are three spellings of the same arithmetic, and a test compares them bit for bit.
 //!
 //! A kernel is a generic function over [`Lanes`], marked `#[inline(always)]`, and [`dispatch!`] compiles it once
-//! per instruction set. The tokens `Avx2` and `Avx512` exist only where the CPU was asked, which is what makes the
+//! per instruction set. Kernels hold no closures that compute lanes: the compiler may leave a closure outside the
+//! function that enables the instruction set, and then every intrinsic in it is a call. The tokens `Avx2` and `Avx512` exist only where the CPU was asked, which is what makes the
 //! intrinsics behind their safe methods sound.
 
 /// Sixteen f32 lanes and the few operations the kernels need, with IEEE 754 results on every instruction set.
 pub(crate) trait Lanes: Copy + Send + Sync + 'static {
     /// The sixteen lanes.
     type F: Copy;
+    /// Sixteen bytes, from which lanes are unpacked.
+    type B: Copy;
     /// Columns of a register tile of [`super::matmul`]: 4 where 16 accumulators fit the registers, else 1.
     const TILE_COLS: usize;
 
@@ -31,13 +34,23 @@ pub(crate) trait Lanes: Copy + Send + Sync + 'static {
     fn pow2_biased(self, a: Self::F) -> Self::F;
     /// A binary16 number; exact, as are the widenings below.
     fn f16(self, bits: u16) -> f32;
-    /// Sixteen signed bytes.
-    fn widen_i8(self, a: [u8; 16]) -> Self::F;
-    fn widen_u8(self, a: [u8; 16]) -> Self::F;
+    /// Sixteen binary16 numbers.
     fn widen_f16(self, a: &[u8; 32]) -> Self::F;
+    /// Sixteen bfloat16 numbers.
     fn widen_bf16(self, a: &[u8; 32]) -> Self::F;
-    /// `table[i & 15]` for each of the sixteen indices.
-    fn lookup(self, table: &[f32; 16], indices: [u8; 16]) -> Self::F;
+
+    fn bytes(self, a: &[u8; 16]) -> Self::B;
+    /// `(byte >> shift) & mask` of each; `mask` has no bit above `7 - shift`.
+    fn field(self, a: Self::B, shift: u32, mask: u8) -> Self::B;
+    /// `byte << shift` of each, none of which overflows.
+    fn raise(self, a: Self::B, shift: u32) -> Self::B;
+    fn or(self, a: Self::B, b: Self::B) -> Self::B;
+    /// 16 where bit `i` is set, else 0.
+    fn fifth_bits(self, bits: u16) -> Self::B;
+    fn widen_i8(self, a: Self::B) -> Self::F;
+    fn widen_u8(self, a: Self::B) -> Self::F;
+    /// `table[i]` for each of the sixteen indices, which are below 16.
+    fn lookup(self, table: &[f32; 16], indices: Self::B) -> Self::F;
     /// The fold that ends every sum: halves of 8, 4, 2, 1.
     fn reduce(self, v: Self::F) -> f32;
 
@@ -145,6 +158,7 @@ fn map2(a: [f32; 16], b: [f32; 16], f: impl Fn(f32, f32) -> f32) -> [f32; 16] {
 
 impl Lanes for Portable {
     type F = [f32; 16];
+    type B = [u8; 16];
     const TILE_COLS: usize = 1;
 
     #[inline(always)]
@@ -196,14 +210,6 @@ impl Lanes for Portable {
         half::f16::from_bits(bits).to_f32()
     }
     #[inline(always)]
-    fn widen_i8(self, a: [u8; 16]) -> [f32; 16] {
-        a.map(|q| f32::from(q as i8))
-    }
-    #[inline(always)]
-    fn widen_u8(self, a: [u8; 16]) -> [f32; 16] {
-        a.map(f32::from)
-    }
-    #[inline(always)]
     fn widen_f16(self, a: &[u8; 32]) -> [f32; 16] {
         let mut out = [0.0; 16];
         for i in 0..16 {
@@ -220,8 +226,61 @@ impl Lanes for Portable {
         out
     }
     #[inline(always)]
+    fn bytes(self, a: &[u8; 16]) -> [u8; 16] {
+        *a
+    }
+    #[inline(always)]
+    fn field(self, mut a: [u8; 16], shift: u32, mask: u8) -> [u8; 16] {
+        for a in &mut a {
+            *a = (*a >> shift) & mask;
+        }
+        a
+    }
+    #[inline(always)]
+    fn raise(self, mut a: [u8; 16], shift: u32) -> [u8; 16] {
+        for a in &mut a {
+            *a <<= shift;
+        }
+        a
+    }
+    #[inline(always)]
+    fn or(self, mut a: [u8; 16], b: [u8; 16]) -> [u8; 16] {
+        for i in 0..16 {
+            a[i] |= b[i];
+        }
+        a
+    }
+    #[inline(always)]
+    fn fifth_bits(self, bits: u16) -> [u8; 16] {
+        let mut out = [0; 16];
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = (((bits >> i) & 1) as u8) << 4;
+        }
+        out
+    }
+    #[inline(always)]
+    fn widen_i8(self, a: [u8; 16]) -> [f32; 16] {
+        let mut out = [0.0; 16];
+        for i in 0..16 {
+            out[i] = f32::from(a[i] as i8);
+        }
+        out
+    }
+    #[inline(always)]
+    fn widen_u8(self, a: [u8; 16]) -> [f32; 16] {
+        let mut out = [0.0; 16];
+        for i in 0..16 {
+            out[i] = f32::from(a[i]);
+        }
+        out
+    }
+    #[inline(always)]
     fn lookup(self, table: &[f32; 16], indices: [u8; 16]) -> [f32; 16] {
-        indices.map(|i| table[usize::from(i & 15)])
+        let mut out = [0.0; 16];
+        for i in 0..16 {
+            out[i] = table[usize::from(indices[i] & 15)];
+        }
+        out
     }
     #[inline(always)]
     fn reduce(self, v: [f32; 16]) -> f32 {
@@ -284,6 +343,7 @@ mod x86 {
 
     impl Lanes for Avx2 {
         type F = [__m256; 2];
+        type B = __m128i;
         const TILE_COLS: usize = 1;
 
         #[inline(always)]
@@ -339,33 +399,15 @@ mod x86 {
             // SAFETY: the token proves AVX2.
             unsafe {
                 let one = _mm256_set1_epi32(0x3f80_0000);
-                let shift =
-                    |v| _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32::<23>(_mm256_castps_si256(v)), one));
-                [shift(a[0]), shift(a[1])]
+                let (low, high) = (_mm256_castps_si256(a[0]), _mm256_castps_si256(a[1]));
+                let (low, high) = (_mm256_slli_epi32::<23>(low), _mm256_slli_epi32::<23>(high));
+                [_mm256_castsi256_ps(_mm256_add_epi32(low, one)), _mm256_castsi256_ps(_mm256_add_epi32(high, one))]
             }
         }
         #[inline(always)]
         fn f16(self, bits: u16) -> f32 {
             // SAFETY: the token proves F16C.
             unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
-        }
-        #[inline(always)]
-        fn widen_i8(self, a: [u8; 16]) -> Self::F {
-            // SAFETY: the token proves AVX2; the load reads the sixteen bytes of `a`.
-            unsafe {
-                let q = _mm_loadu_si128(a.as_ptr().cast());
-                let high = _mm_unpackhi_epi64(q, q);
-                [_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high))]
-            }
-        }
-        #[inline(always)]
-        fn widen_u8(self, a: [u8; 16]) -> Self::F {
-            // SAFETY: the token proves AVX2; the load reads the sixteen bytes of `a`.
-            unsafe {
-                let q = _mm_loadu_si128(a.as_ptr().cast());
-                let high = _mm_unpackhi_epi64(q, q);
-                [_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(q)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(high))]
-            }
         }
         #[inline(always)]
         fn widen_f16(self, a: &[u8; 32]) -> Self::F {
@@ -381,18 +423,67 @@ mod x86 {
         fn widen_bf16(self, a: &[u8; 32]) -> Self::F {
             // SAFETY: the token proves AVX2; both reads are inside the 32 bytes, of any alignment.
             unsafe {
-                let widen = |q| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(q)));
-                [widen(_mm_loadu_si128(a.as_ptr().cast())), widen(_mm_loadu_si128(a.as_ptr().add(16).cast()))]
+                let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(a.as_ptr().cast()));
+                let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(a.as_ptr().add(16).cast()));
+                let (low, high) = (_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high));
+                [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
             }
         }
         #[inline(always)]
-        fn lookup(self, table: &[f32; 16], indices: [u8; 16]) -> Self::F {
+        fn bytes(self, a: &[u8; 16]) -> __m128i {
+            // SAFETY: SSE2 is part of x86-64; the read is the sixteen bytes, of any alignment.
+            unsafe { _mm_loadu_si128(a.as_ptr().cast()) }
+        }
+        #[inline(always)]
+        fn field(self, a: __m128i, shift: u32, mask: u8) -> __m128i {
+            // A shift of 16-bit pairs moves bits of the upper byte into the lower, where the mask removes them.
+            // SAFETY: SSE2 is part of x86-64.
+            unsafe { _mm_and_si128(_mm_srl_epi16(a, _mm_cvtsi32_si128(shift as i32)), _mm_set1_epi8(mask as i8)) }
+        }
+        #[inline(always)]
+        fn raise(self, a: __m128i, shift: u32) -> __m128i {
+            // SAFETY: SSE2 is part of x86-64.
+            unsafe { _mm_sll_epi16(a, _mm_cvtsi32_si128(shift as i32)) }
+        }
+        #[inline(always)]
+        fn or(self, a: __m128i, b: __m128i) -> __m128i {
+            // SAFETY: SSE2 is part of x86-64.
+            unsafe { _mm_or_si128(a, b) }
+        }
+        #[inline(always)]
+        fn fifth_bits(self, bits: u16) -> __m128i {
+            // SAFETY: the token proves AVX2, which includes SSSE3.
+            unsafe {
+                let spread = _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+                let each = _mm_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+                let bits = _mm_and_si128(_mm_shuffle_epi8(_mm_cvtsi32_si128(i32::from(bits)), spread), each);
+                _mm_and_si128(_mm_cmpeq_epi8(bits, each), _mm_set1_epi8(16))
+            }
+        }
+        #[inline(always)]
+        fn widen_i8(self, a: __m128i) -> Self::F {
+            // SAFETY: the token proves AVX2.
+            unsafe {
+                let high = _mm_unpackhi_epi64(a, a);
+                [_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(a)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high))]
+            }
+        }
+        #[inline(always)]
+        fn widen_u8(self, a: __m128i) -> Self::F {
+            // SAFETY: the token proves AVX2.
+            unsafe {
+                let high = _mm_unpackhi_epi64(a, a);
+                [_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(a)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(high))]
+            }
+        }
+        #[inline(always)]
+        fn lookup(self, table: &[f32; 16], indices: __m128i) -> Self::F {
             // SAFETY: the token proves AVX2; masked with 15, every gathered index lies in the table.
             unsafe {
-                let q = _mm_and_si128(_mm_loadu_si128(indices.as_ptr().cast()), _mm_set1_epi8(15));
-                let high = _mm_unpackhi_epi64(q, q);
+                let low = _mm_and_si128(indices, _mm_set1_epi8(15));
+                let high = _mm_unpackhi_epi64(low, low);
                 [
-                    _mm256_i32gather_ps::<4>(table.as_ptr(), _mm256_cvtepu8_epi32(q)),
+                    _mm256_i32gather_ps::<4>(table.as_ptr(), _mm256_cvtepu8_epi32(low)),
                     _mm256_i32gather_ps::<4>(table.as_ptr(), _mm256_cvtepu8_epi32(high)),
                 ]
             }
@@ -406,6 +497,7 @@ mod x86 {
 
     impl Lanes for Avx512 {
         type F = __m512;
+        type B = __m128i;
         const TILE_COLS: usize = 4;
 
         #[inline(always)]
@@ -467,16 +559,6 @@ mod x86 {
             unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
         }
         #[inline(always)]
-        fn widen_i8(self, a: [u8; 16]) -> __m512 {
-            // SAFETY: the token proves AVX-512F; the load reads the sixteen bytes of `a`.
-            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(a.as_ptr().cast()))) }
-        }
-        #[inline(always)]
-        fn widen_u8(self, a: [u8; 16]) -> __m512 {
-            // SAFETY: the token proves AVX-512F; the load reads the sixteen bytes of `a`.
-            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(a.as_ptr().cast()))) }
-        }
-        #[inline(always)]
         fn widen_f16(self, a: &[u8; 32]) -> __m512 {
             // SAFETY: the token proves AVX-512F; the read is the 32 bytes, of any alignment.
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(a.as_ptr().cast())) }
@@ -490,13 +572,46 @@ mod x86 {
             }
         }
         #[inline(always)]
-        fn lookup(self, table: &[f32; 16], indices: [u8; 16]) -> __m512 {
-            // SAFETY: the token proves AVX-512F; the loads read the table's and the indices' sixteen elements, and
-            // the permutation uses only the low four bits of an index.
-            unsafe {
-                let wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(indices.as_ptr().cast()));
-                _mm512_permutexvar_ps(wide, _mm512_loadu_ps(table.as_ptr()))
-            }
+        fn bytes(self, a: &[u8; 16]) -> __m128i {
+            // SAFETY: SSE2 is part of x86-64; the read is the sixteen bytes, of any alignment.
+            unsafe { _mm_loadu_si128(a.as_ptr().cast()) }
+        }
+        #[inline(always)]
+        fn field(self, a: __m128i, shift: u32, mask: u8) -> __m128i {
+            // A shift of 16-bit pairs moves bits of the upper byte into the lower, where the mask removes them.
+            // SAFETY: SSE2 is part of x86-64.
+            unsafe { _mm_and_si128(_mm_srl_epi16(a, _mm_cvtsi32_si128(shift as i32)), _mm_set1_epi8(mask as i8)) }
+        }
+        #[inline(always)]
+        fn raise(self, a: __m128i, shift: u32) -> __m128i {
+            // SAFETY: SSE2 is part of x86-64.
+            unsafe { _mm_sll_epi16(a, _mm_cvtsi32_si128(shift as i32)) }
+        }
+        #[inline(always)]
+        fn or(self, a: __m128i, b: __m128i) -> __m128i {
+            // SAFETY: SSE2 is part of x86-64.
+            unsafe { _mm_or_si128(a, b) }
+        }
+        #[inline(always)]
+        fn fifth_bits(self, bits: u16) -> __m128i {
+            // SAFETY: the token proves AVX-512BW and VL.
+            unsafe { _mm_maskz_set1_epi8(bits, 16) }
+        }
+        #[inline(always)]
+        fn widen_i8(self, a: __m128i) -> __m512 {
+            // SAFETY: the token proves AVX-512F.
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(a)) }
+        }
+        #[inline(always)]
+        fn widen_u8(self, a: __m128i) -> __m512 {
+            // SAFETY: the token proves AVX-512F.
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(a)) }
+        }
+        #[inline(always)]
+        fn lookup(self, table: &[f32; 16], indices: __m128i) -> __m512 {
+            // SAFETY: the token proves AVX-512F; the load reads the table's sixteen elements, and the permutation
+            // uses only the low four bits of an index.
+            unsafe { _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(indices), _mm512_loadu_ps(table.as_ptr())) }
         }
         #[inline(always)]
         fn reduce(self, v: __m512) -> f32 {
@@ -550,6 +665,22 @@ fn sum_lanes<S: Lanes>(s: S, a: &[f32]) -> f32 {
 dispatch!(
     /// `sum a[i] * b[i]` in the order of this module.
     pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 = dot_lanes
+);
+#[inline(always)]
+fn max_lanes<S: Lanes>(s: S, a: &[f32], floor: f32) -> f32 {
+    let (a, rest) = chunks(a);
+    let mut most = s.splat(floor);
+    for a in a {
+        most = s.max(s.load(a), most);
+    }
+    let mut out = [0.0; 16];
+    s.store(most, &mut out);
+    out.iter().chain(rest).copied().fold(floor, f32::max)
+}
+
+dispatch!(
+    /// The largest of `floor` and all elements; NaNs are passed over.
+    pub(crate) fn max(a: &[f32], floor: f32) -> f32 = max_lanes
 );
 dispatch!(
     /// `sum a[i]` in the order of this module.

@@ -44,25 +44,18 @@ pub(crate) fn sigmoid_lanes<S: Lanes>(s: S, x: S::F) -> S::F {
     s.div(one, s.add(one, exp_lanes(s, s.sub(s.splat(0.0), x))))
 }
 
-/// Applies `f` to each element of `x`, sixteen at a time.
-#[inline(always)]
-pub(crate) fn map_in_place<S: Lanes>(s: S, x: &mut [f32], f: impl Fn(S::F) -> S::F) {
-    let (whole, rest) = x.as_chunks_mut::<16>();
-    for chunk in whole {
-        let y = f(s.load(chunk));
-        s.store(y, chunk);
-    }
-    if !rest.is_empty() {
-        let mut out = [0.0; 16];
-        s.store(f(s.load(&padded(rest))), &mut out);
-        rest.copy_from_slice(&out[..rest.len()]);
-    }
-}
-
 #[inline(always)]
 fn exp_minus_lanes<S: Lanes>(s: S, x: &mut [f32], max: f32) {
     let max = s.splat(max);
-    map_in_place(s, x, |x| exp_lanes(s, s.sub(x, max)));
+    let (whole, rest) = x.as_chunks_mut::<16>();
+    for chunk in whole {
+        s.store(exp_lanes(s, s.sub(s.load(chunk), max)), chunk);
+    }
+    if !rest.is_empty() {
+        let mut out = [0.0; 16];
+        s.store(exp_lanes(s, s.sub(s.load(&padded(rest)), max)), &mut out);
+        rest.copy_from_slice(&out[..rest.len()]);
+    }
 }
 
 dispatch!(

@@ -31,6 +31,12 @@ pub(crate) struct Mat<'a> {
 }
 
 impl<'a> Mat<'a> {
+    /// All elements, where they are aligned f32.
+    pub(super) fn f32s(&self) -> Option<&'a [f32]> {
+        let all = (self.dtype == DType::F32).then(|| bytemuck::try_cast_slice(self.bytes).ok())?;
+        all.filter(|all: &&[f32]| all.len() == self.n_rows * self.n_cols)
+    }
+
     /// The encoded row `i`.
     pub(super) fn row(&self, i: usize) -> &'a [u8] {
         &self.bytes[i * self.row_bytes..][..self.row_bytes]
@@ -138,6 +144,10 @@ pub(crate) fn rows(
     {
         return one_column(isa, mat, first_row, col, out);
     }
+    if let Some(all) = mat.f32s() {
+        // Nothing to decode.
+        return panel_times(isa, &all[first_row * mat.n_cols..][..n_rows * mat.n_cols], cols, out);
+    }
     panel.resize((PANEL_ROWS * mat.n_cols).max(panel.len()), 0.0);
     for (i, out) in out.chunks_mut(PANEL_ROWS * cols.len()).enumerate() {
         let n = out.len() / cols.len();
@@ -170,7 +180,10 @@ fn decode_format<S: Lanes, F: Format>(s: S, row: &[u8], out: &mut [f32]) {
         // A part of a block: of one that is there (quantised KV), or of numbers that fill less than a unit.
         let mut unit = [0.0; 32];
         let i = units.len();
-        let block = blocks.get(i / F::UNITS).copied().unwrap_or_else(|| padded_block::<F>(rest));
+        let block = match blocks.get(i / F::UNITS) {
+            Some(block) => *block,
+            None => padded_block::<F>(rest),
+        };
         store_unit(s, F::unit(s, &block, i % F::UNITS), &mut unit);
         tail.copy_from_slice(&unit[..tail.len()]);
     }
@@ -223,10 +236,12 @@ fn one_column_format<S: Lanes, F: Format>(s: S, mat: &Mat<'_>, first_row: usize,
 /// `R` encoded rows times one column, decoded in registers.
 #[inline(always)]
 fn dot_rows<S: Lanes, F: Format, const R: usize>(s: S, rows: [&[u8]; R], col: &[f32]) -> [f32; R] {
-    let rows = rows.map(whole_blocks::<F>);
     let (units, tail) = col.as_chunks::<32>();
+    let mut blocks = [&[][..]; R];
+    for r in 0..R {
+        blocks[r] = &whole_blocks::<F>(rows[r]).0[..units.len() / F::UNITS];
+    }
     let mut acc = [s.splat(0.0); R];
-    let blocks = rows.map(|(blocks, _)| &blocks[..units.len() / F::UNITS]);
     for (b, xs) in units.chunks_exact(F::UNITS).enumerate() {
         for (u, x) in xs.iter().enumerate() {
             let (x, _) = x.as_chunks::<16>();
@@ -238,19 +253,19 @@ fn dot_rows<S: Lanes, F: Format, const R: usize>(s: S, rows: [&[u8]; R], col: &[
             }
         }
     }
-    if !tail.is_empty() {
-        let (x, x_rest) = chunks(tail);
-        for r in 0..R {
-            let [w0, w1] = F::unit(s, &padded_block::<F>(rows[r].1), 0);
-            let mut w = [w0, w1].into_iter();
-            for x in x.iter().copied().chain((!x_rest.is_empty()).then(|| padded(x_rest))) {
-                if let Some(w) = w.next() {
-                    acc[r] = s.mul_then_add(acc[r], w, s.load(&x));
-                }
+    let mut out = [0.0; R];
+    for r in 0..R {
+        if !tail.is_empty() {
+            let [w0, w1] = F::unit(s, &padded_block::<F>(whole_blocks::<F>(rows[r]).1), 0);
+            let (first, second) = tail.split_at(tail.len().min(16));
+            acc[r] = s.mul_then_add(acc[r], w0, s.load(&padded(first)));
+            if !second.is_empty() {
+                acc[r] = s.mul_then_add(acc[r], w1, s.load(&padded(second)));
             }
         }
+        out[r] = s.reduce(acc[r]);
     }
-    acc.map(|acc| s.reduce(acc))
+    out
 }
 
 dispatch!(
@@ -262,31 +277,41 @@ dispatch!(
 fn panel_times_lanes<S: Lanes>(s: S, panel: &[f32], cols: &[&[f32]], out: &mut [f32]) {
     let Some(n) = cols.first().map(|c| c.len()) else { return };
     let n_rows = panel.len() / n;
-    let row = |r: usize| &panel[r * n..][..n];
     let mut c = 0;
     while c < cols.len() {
         let wide = S::TILE_COLS == 4 && c + 4 <= cols.len();
-        let width = if wide { 4 } else { 1 };
         let mut r = 0;
         while r < n_rows {
             let tall = r + 4 <= n_rows;
-            let mut put = |dr: usize, values: &[f32]| out[(r + dr) * cols.len() + c..][..width].copy_from_slice(values);
-            if wide && tall {
-                let xs = [cols[c], cols[c + 1], cols[c + 2], cols[c + 3]];
-                let tile = tile::<S, 4, 4>(s, [row(r), row(r + 1), row(r + 2), row(r + 3)], xs);
-                tile.iter().enumerate().for_each(|(dr, values)| put(dr, values));
-            } else if wide {
-                let xs = [cols[c], cols[c + 1], cols[c + 2], cols[c + 3]];
-                put(0, &tile::<S, 1, 4>(s, [row(r)], xs)[0]);
-            } else if tall {
-                let tile = tile::<S, 4, 1>(s, [row(r), row(r + 1), row(r + 2), row(r + 3)], [cols[c]]);
-                tile.iter().enumerate().for_each(|(dr, values)| put(dr, values));
-            } else {
-                put(0, &tile::<S, 1, 1>(s, [row(r)], [cols[c]])[0]);
+            let out = &mut out[r * cols.len() + c..];
+            let rows = &panel[r * n..];
+            match (tall, wide) {
+                (true, true) => put(&tile::<S, 4, 4>(s, rows_of(rows, n), cols_of(cols, c)), cols.len(), out),
+                (true, false) => put(&tile::<S, 4, 1>(s, rows_of(rows, n), [cols[c]]), cols.len(), out),
+                (false, true) => put(&tile::<S, 1, 4>(s, [&rows[..n]], cols_of(cols, c)), cols.len(), out),
+                (false, false) => put(&tile::<S, 1, 1>(s, [&rows[..n]], [cols[c]]), cols.len(), out),
             }
             r += if tall { 4 } else { 1 };
         }
-        c += width;
+        c += if wide { 4 } else { 1 };
+    }
+}
+
+#[inline(always)]
+fn rows_of(panel: &[f32], n: usize) -> [&[f32]; 4] {
+    [&panel[..n], &panel[n..2 * n], &panel[2 * n..3 * n], &panel[3 * n..4 * n]]
+}
+
+#[inline(always)]
+fn cols_of<'a>(cols: &[&'a [f32]], c: usize) -> [&'a [f32]; 4] {
+    [cols[c], cols[c + 1], cols[c + 2], cols[c + 3]]
+}
+
+/// Writes a tile to rows `stride` apart.
+#[inline(always)]
+fn put<const R: usize, const C: usize>(tile: &[[f32; C]; R], stride: usize, out: &mut [f32]) {
+    for (r, row) in tile.iter().enumerate() {
+        out[r * stride..][..C].copy_from_slice(row);
     }
 }
 
@@ -294,14 +319,22 @@ fn panel_times_lanes<S: Lanes>(s: S, panel: &[f32], cols: &[&[f32]], out: &mut [
 #[inline(always)]
 fn tile<S: Lanes, const R: usize, const C: usize>(s: S, rows: [&[f32]; R], cols: [&[f32]; C]) -> [[f32; C]; R] {
     let n = cols[0].len();
-    let (rows, cols) = (rows.map(|w| chunks(&w[..n])), cols.map(|x| chunks(&x[..n])));
     let n_chunks = n / 16;
-    let (whole_w, whole_x) = (rows.map(|w| &w.0[..n_chunks]), cols.map(|x| &x.0[..n_chunks]));
+    let (mut w_chunks, mut x_chunks) = ([&[][..]; R], [&[][..]; C]);
+    for r in 0..R {
+        w_chunks[r] = &chunks(&rows[r][..n]).0[..n_chunks];
+    }
+    for c in 0..C {
+        x_chunks[c] = &chunks(&cols[c][..n]).0[..n_chunks];
+    }
     let mut acc = [[s.splat(0.0); C]; R];
     for i in 0..n_chunks {
-        let w = whole_w.map(|w| s.load(&w[i]));
+        let mut w = [s.splat(0.0); R];
+        for r in 0..R {
+            w[r] = s.load(&w_chunks[r][i]);
+        }
         for c in 0..C {
-            let x = s.load(&whole_x[c][i]);
+            let x = s.load(&x_chunks[c][i]);
             for r in 0..R {
                 acc[r][c] = s.mul_then_add(acc[r][c], w[r], x);
             }
@@ -309,11 +342,17 @@ fn tile<S: Lanes, const R: usize, const C: usize>(s: S, rows: [&[f32]; R], cols:
     }
     if !n.is_multiple_of(16) {
         for c in 0..C {
-            let x = s.load(&padded(cols[c].1));
+            let x = s.load(&padded(&cols[c][16 * n_chunks..]));
             for r in 0..R {
-                acc[r][c] = s.mul_then_add(acc[r][c], s.load(&padded(rows[r].1)), x);
+                acc[r][c] = s.mul_then_add(acc[r][c], s.load(&padded(&rows[r][16 * n_chunks..n])), x);
             }
         }
     }
-    acc.map(|row| row.map(|acc| s.reduce(acc)))
+    let mut out = [[0.0; C]; R];
+    for r in 0..R {
+        for c in 0..C {
+            out[r][c] = s.reduce(acc[r][c]);
+        }
+    }
+    out
 }

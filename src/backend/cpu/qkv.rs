@@ -39,7 +39,7 @@ pub(super) fn run(
                 rope::rotate(head, &table, op.rope.pairing);
             }
         }
-        kv.write(ctx.isa, op.layer, batch.slots[t] as usize, k, &values[t * n_kv..][..n_kv]);
+        kv.write(op.layer, batch.slots[t] as usize, k, &values[t * n_kv..][..n_kv]);
     }
 }
 
