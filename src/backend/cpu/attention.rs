@@ -247,14 +247,14 @@ fn add_weighted_columns<S: Lanes, const Q: usize, const D: usize>(
     let n = outs[0].len();
     let mut acc = [[s.splat(0.0); D]; Q];
     for q in 0..Q {
-        for d in 0..D {
-            acc[q][d] = s.load(sixteen(outs[q], at + 16 * d));
+        for (d, acc) in acc[q].iter_mut().enumerate() {
+            *acc = s.load(sixteen(outs[q], at + 16 * d));
         }
     }
     for (j, row) in rows.chunks_exact(n).enumerate() {
         let mut v = [s.splat(0.0); D];
-        for d in 0..D {
-            v[d] = s.load(sixteen(row, at + 16 * d));
+        for (d, v) in v.iter_mut().enumerate() {
+            *v = s.load(sixteen(row, at + 16 * d));
         }
         for q in 0..Q {
             let w = s.splat(weights[q][j]);

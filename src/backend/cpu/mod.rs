@@ -181,6 +181,8 @@ fn available_memory() -> Option<u64> {
 /// Makes `buffer` at least `n` long.
 fn grow(buffer: &mut Vec<f32>, n: usize) -> &mut [f32] {
     if buffer.len() < n {
+        // Exactly: what a model takes is predicted before it is loaded.
+        buffer.reserve_exact(n - buffer.len());
         buffer.resize(n, 0.0);
     }
     &mut buffer[..n]
