@@ -40,7 +40,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(messages) => {
-            eprintln!("{messages}");
+            println!("cargo:error={}", messages.replace("\n", "\ncargo:error="));
             ExitCode::FAILURE
         }
     }

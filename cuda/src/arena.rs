@@ -91,7 +91,7 @@ impl Arena {
     /// # Errors
     /// [`CudaError::OutOfMemory`] when the reservation or the device is full: nothing has changed then.
     pub fn alloc<T: Element>(&self, len: usize, what: &str) -> Result<Buffer<T>, CudaError> {
-        let bytes = (len as u64).checked_mul(size_of::<T>() as u64).unwrap_or(u64::MAX);
+        let bytes = (len as u64).saturating_mul(size_of::<T>() as u64);
         let shared = &self.0;
         let mut state = shared.state.lock().expect("no panic while locked");
         let start = state.used;

@@ -9,6 +9,7 @@
 //! | [`arena`] | memory that survives a fault, and typed buffers cut from it |
 //! | [`pinned`] | page-locked host memory |
 //! | [`kernels`] | the embedded kernels, loading and launching |
+//! | [`launch`] | one launcher per op |
 //! | [`graph`] | capture and replay |
 
 pub mod arena;
@@ -16,6 +17,7 @@ pub mod error;
 pub mod gpu;
 pub mod graph;
 pub mod kernels;
+pub mod launch;
 pub mod pinned;
 
 pub use error::CudaError;

@@ -1,0 +1,168 @@
+// Y = W X for many columns (prefill, big batches): W in tiles (tiles.cuh), x f16, y f32 or f16.   Bound by: the tensor cores.
+// x [rows, x_stride] f16, zero beyond n_cols   y [n, y_stride]   columns gathered and matrices chosen per column tile for experts.
+// Grid (ceil(stripes / 8), ceil(n / NT), 1 or n_chunks), block 256: two warpgroups of 64 rows share a tile of NT columns of x in
+// shared memory (4 stages of 64 k, 128-byte swizzle); each warp dequantises its 16 rows in registers. Sums are cut at
+// the chunk borders of tiles.cuh and added in ascending order: bit for bit what matmul_small.cu gives.
+// With grid.z > 1 a block sums one chunk and writes it to `partial`; matmul_reduce adds them in order.
+#include "matmul.cuh"
+#include "wgmma.cuh"
+
+constexpr int THREADS = 256;
+constexpr int STRIPES_PER_BLOCK = 8;
+constexpr int STAGES = 4;
+
+// Copies the tile `tile` of k of NT columns into a stage: row = column of x, 16-byte pieces swizzled by row.
+template <int NT> DEVICE void copy_columns(uint32_t stage, const half *const (&source)[NT / 32], const bool (&live)[NT / 32], int tile) {
+#pragma unroll
+    for (int i = 0; i < NT / 32; i++) {
+        const int piece = i * THREADS + threadIdx.x, column = piece / 8, part = piece % 8;
+        copy_async_16(stage + column * 128 + ((part ^ (column & 7)) << 4), source[i] + tile * TILE_K + part * 8, live[i]);
+    }
+}
+
+#if HAS_WGMMA
+DEVICE void multiply(float (&acc)[4][4], const uint32_t (&a)[4], uint64_t b) { wgmma_64x32x16(acc, a, b); }
+DEVICE void multiply(float (&acc)[8][4], const uint32_t (&a)[4], uint64_t b) { wgmma_64x64x16(acc, a, b); }
+DEVICE void multiply(float (&acc)[16][4], const uint32_t (&a)[4], uint64_t b) { wgmma_64x128x16(acc, a, b); }
+#endif
+
+// acc += the products of one tile of k.
+template <int KIND, int NT> DEVICE void multiply_tile(float (&acc)[NT / 8][4], const uint32_t (&a)[4][4], uint32_t stage) {
+#if HAS_WGMMA
+    wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < 4; s++) multiply(acc, a[s], describe_b(stage + 32 * s));
+    wgmma_commit();
+#else
+    const int lane = threadIdx.x % WARP, row = lane % 8, part = (lane / 8) % 2, upper = lane / 16;
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+#pragma unroll
+        for (int j = 0; j < NT / 8; j += 2) {
+            uint32_t b[4];
+            const int column = 8 * (j + upper) + row;
+            ldmatrix_x4(b, stage + column * 128 + (((2 * s + part) ^ (column & 7)) << 4));
+            mma_16x8x16(acc[j], a[s], b[0], b[1]);
+            mma_16x8x16(acc[j + 1], a[s], b[2], b[3]);
+        }
+    }
+#endif
+}
+
+DEVICE void products_done() {
+#if HAS_WGMMA
+    wgmma_wait_all();
+#endif
+}
+
+template <int KIND, int NT> DEVICE void matmul_large(const MatmulArgs &args) {
+    extern __shared__ __align__(1024) uint8_t shared[];
+    const uint32_t stages = shared_address(shared);
+    constexpr int STAGE_BYTES = NT * TILE_K * 2;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int first_column = blockIdx.y * NT;
+    wait_for_predecessor();
+    const int mat = args.mat_of == nullptr ? 0 : args.mat_of[blockIdx.y];
+    if (mat < 0) return;
+
+    const half *source[NT / 32];
+    bool live[NT / 32];
+#pragma unroll
+    for (int i = 0; i < NT / 32; i++) {
+        const int column = first_column + (i * THREADS + threadIdx.x) / 8;
+        int row = column < args.n ? column : -1;
+        if (args.gather != nullptr && row >= 0) row = args.gather[column];
+        live[i] = row >= 0;
+        source[i] = args.x + static_cast<size_t>(max(row, 0)) * args.x_stride;
+    }
+
+    const int per_chunk = chunk_tiles(args.n_tiles);
+    const int begin = gridDim.z == 1 ? 0 : blockIdx.z * per_chunk;
+    const int end = gridDim.z == 1 ? args.n_tiles : min(begin + per_chunk, args.n_tiles);
+    // Stripes beyond the matrix repeat the last one: their sums are not written.
+    const int stripe = blockIdx.x * STRIPES_PER_BLOCK + warp;
+    const size_t first_tile =
+        (static_cast<size_t>(mat) * args.n_stripes + min(stripe, args.n_stripes - 1)) * args.n_tiles;
+
+    float acc[NT / 8][4] = {}, total[NT / 8][4] = {};
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) {
+        if (begin + i < end) copy_columns<NT>(stages + i * STAGE_BYTES, source, live, begin + i);
+        copy_async_commit();
+    }
+    RawTile<KIND> raw;
+    load_tile(raw, args.w, first_tile + begin, lane);
+    int left_in_chunk = per_chunk;
+    for (int tile = begin; tile < end; tile++) {
+        uint32_t a[4][4];
+#pragma unroll
+        for (int s = 0; s < 4; s++) fragment(a[s], raw, s);
+        if (tile + 1 < end) load_tile(raw, args.w, first_tile + tile + 1, lane);
+        copy_async_wait<STAGES - 2>();
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncthreads();
+        const int stage = (tile - begin) % STAGES, next = (tile - begin + STAGES - 1) % STAGES;
+        multiply_tile<KIND, NT>(acc, a, stages + stage * STAGE_BYTES);
+        // The stage filled here was last read by the products of the tile before, which every thread waited for.
+        if (tile + STAGES - 1 < end) copy_columns<NT>(stages + next * STAGE_BYTES, source, live, tile + STAGES - 1);
+        copy_async_commit();
+        products_done();
+        if (--left_in_chunk == 0 || tile + 1 == end) {
+            left_in_chunk = per_chunk;
+#pragma unroll
+            for (int j = 0; j < NT / 8; j++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    total[j][e] += acc[j][e];
+                    acc[j][e] = 0.0f;
+                }
+            }
+        }
+    }
+    dependents_may_start();
+
+#pragma unroll
+    for (int j = 0; j < NT / 8; j++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int row = stripe * TILE_ROWS + lane / 4 + 8 * (e / 2);
+            const int column = first_column + 8 * j + 2 * (lane % 4) + e % 2;
+            if (column >= args.n || stripe >= args.n_stripes) continue;
+            if (args.gather != nullptr && args.gather[column] < 0) continue;
+            if (gridDim.z > 1) {
+                const size_t rows = static_cast<size_t>(args.n_stripes) * TILE_ROWS;
+                args.partial[(static_cast<size_t>(blockIdx.z) * args.n + column) * rows + row] = total[j][e];
+            } else {
+                const float sum[1] = {total[j][e]};
+                finish<1>(args, sum, mat, row, column);
+            }
+        }
+    }
+}
+
+// y from the sums of chunks, added in ascending order. Grid (ceil(stripes * 16 / 256), n), block 256.
+extern "C" __global__ void __launch_bounds__(256) matmul_reduce(const MatmulArgs args, int n_chunks, int column_tile) {
+    wait_for_predecessor();
+    const int row = blockIdx.x * 256 + threadIdx.x, column = blockIdx.y;
+    const size_t rows = static_cast<size_t>(args.n_stripes) * TILE_ROWS;
+    const int mat = args.mat_of == nullptr ? 0 : args.mat_of[column / column_tile];
+    if (row >= rows || mat < 0 || (args.gather != nullptr && args.gather[column] < 0)) return;
+    float sum[1] = {};
+    for (int c = 0; c < n_chunks; c++) sum[0] += args.partial[(static_cast<size_t>(c) * args.n + column) * rows + row];
+    finish<1>(args, sum, mat, row, column);
+    dependents_may_start();
+}
+
+#define MATMUL_LARGE(NAME, KIND, NT)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS, NT == 128 ? 1 : 2)                                           \
+        matmul_large_##NT##_##NAME(const MatmulArgs args) {                                                            \
+        matmul_large<KIND, NT>(args);                                                                                  \
+    }
+#define MATMUL_LARGE_ALL(NAME, KIND) MATMUL_LARGE(NAME, KIND, 32) MATMUL_LARGE(NAME, KIND, 64) MATMUL_LARGE(NAME, KIND, 128)
+MATMUL_LARGE_ALL(f16, F16)
+MATMUL_LARGE_ALL(q8, Q8)
+MATMUL_LARGE_ALL(q4, Q4)
+MATMUL_LARGE_ALL(q4g16, Q4G16)
+MATMUL_LARGE_ALL(mx4, MX4)
+MATMUL_LARGE_ALL(q5, Q5)
+MATMUL_LARGE_ALL(q6, Q6)

@@ -1,0 +1,427 @@
+//! Products `y = W x`: a small kernel for up to 8 columns, a large one for more, the same bits from both.
+
+use super::matrix::{HalfRows, Kind, Matrix, Planes};
+use crate::arena::Buffer;
+use crate::error::CudaError;
+use crate::kernels::{Args, Kernels, Launch};
+use half::f16;
+
+/// Columns that the small kernel takes.
+pub const SMALL_COLUMNS: usize = 8;
+/// Stripes of 16 rows that a block of the large kernel takes.
+const STRIPES_PER_BLOCK: usize = 8;
+/// Stages of activations a block of the large kernel keeps in shared memory.
+const STAGES: usize = 4;
+/// Rows are summed in at most this many chunks of k.
+const MAX_CHUNKS: usize = 8;
+/// A chunk is at least this many tiles of 64 k.
+const MIN_CHUNK_TILES: usize = 4;
+
+/// What is done with `out = W x + bias`.
+#[derive(Debug, Clone)]
+pub enum Output {
+    /// `y = out`.
+    Store(Rows<f32>),
+    /// `y += out`.
+    Add(Rows<f32>),
+    /// `y = out` in f16, saturating.
+    StoreHalf(HalfRows),
+    /// `y = gate(out of the gate rows, out of the up rows)` in f16, for interleaved matrices and few columns.
+    Gated(HalfRows, Gate),
+}
+
+/// f32 rows `[rows, stride]`.
+#[derive(Debug, Clone)]
+pub struct Rows<T: crate::arena::Element> {
+    /// The elements.
+    pub data: Buffer<T>,
+    /// Elements from one row to the next.
+    pub stride: usize,
+}
+
+/// The gate of a feed-forward network.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Gate {
+    /// `silu(g) * u`.
+    SwiGlu,
+    /// GPT-OSS: both clamped, `g * sigmoid(alpha g) * (u + 1)`.
+    Clamped {
+        /// 1.702.
+        alpha: f32,
+        /// 7.
+        limit: f32,
+    },
+}
+
+/// Which matrix of a stack each product uses, on the device.
+#[derive(Debug, Clone)]
+pub enum Experts {
+    /// There is one matrix.
+    One,
+    /// Few rows: job `j` is row `j / per_row` of x with matrix `mats[j]`, and writes row `j` of y.
+    Jobs {
+        /// `[n_jobs]`.
+        mats: Buffer<i32>,
+        /// Jobs per row of x.
+        per_row: usize,
+    },
+    /// Many rows: column `c` is row `gather[c]` of x (none if negative) with matrix `mats[c / column_tile]`.
+    Tiles {
+        /// `[n / column_tile]`, negative for tiles without work.
+        mats: Buffer<i32>,
+        /// `[n]`.
+        gather: Buffer<i32>,
+        /// Columns that share a matrix: 32, 64 or 128.
+        column_tile: usize,
+    },
+}
+
+/// The operands of a product.
+#[derive(Debug, Clone)]
+pub struct Product<'a> {
+    /// W.
+    pub matrix: &'a Matrix,
+    /// x, rows of f16.
+    pub x: &'a HalfRows,
+    /// Columns: rows of x, or jobs.
+    pub n: usize,
+    /// `[n_mats, n_rows]`.
+    pub bias: Option<&'a Buffer<f32>>,
+    /// Of the up rows, if gated.
+    pub bias_up: Option<&'a Buffer<f32>>,
+    /// Which matrix.
+    pub experts: Experts,
+    /// What becomes of it.
+    pub output: Output,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct MatmulArgs {
+    w: Planes,
+    x: u64,
+    y: u64,
+    bias: u64,
+    bias_up: u64,
+    mat_of: u64,
+    gather: u64,
+    partial: u64,
+    out_scale: f32,
+    alpha: f32,
+    limit: f32,
+    n_rows: i32,
+    n_stripes: i32,
+    n_tiles: i32,
+    x_stride: i32,
+    y_stride: i32,
+    n: i32,
+    jobs_per_row: i32,
+    epilogue: i32,
+}
+
+/// How a product is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Plan {
+    /// One warp per chunk of k of 16 rows.
+    Small {
+        /// Chunks, warps of a block.
+        n_chunks: usize,
+    },
+    /// Blocks of 128 rows and `columns` columns.
+    Large {
+        /// 32, 64 or 128.
+        columns: usize,
+        /// Blocks along k: 1, or one per chunk with the sums added by a second kernel.
+        splits: usize,
+    },
+}
+
+/// Chunks that k is summed in: a function of k alone, so that a row's sum is.
+pub fn chunks(n_tiles: usize) -> usize {
+    n_tiles.div_ceil(chunk_tiles(n_tiles))
+}
+
+fn chunk_tiles(n_tiles: usize) -> usize {
+    n_tiles.div_ceil(MAX_CHUNKS).max(MIN_CHUNK_TILES)
+}
+
+/// Chooses how to run a product of `n` columns. The choice changes speed, never bits.
+///
+/// A large product whose blocks would not fill the device once splits k: Llama-3-8B's 4096 x 4096 at 64 columns has
+/// 32 blocks for 132 multiprocessors, and 256 with its 8 chunks.
+pub fn plan(n_stripes: usize, n_tiles: usize, n: usize, n_sms: usize, column_tile: Option<usize>) -> Plan {
+    if n <= SMALL_COLUMNS && column_tile.is_none() {
+        return Plan::Small { n_chunks: chunks(n_tiles) };
+    }
+    let columns = column_tile.unwrap_or(if n <= 32 {
+        32
+    } else if n <= 64 {
+        64
+    } else {
+        128
+    });
+    let blocks = n_stripes.div_ceil(STRIPES_PER_BLOCK) * n.div_ceil(columns);
+    let splits = if blocks >= n_sms { 1 } else { chunks(n_tiles) };
+    Plan::Large { columns, splits }
+}
+
+/// f32 elements of work space that a product of `n` columns may need.
+pub fn partial_len(n_stripes: usize, n_tiles: usize, n: usize, n_sms: usize, column_tile: Option<usize>) -> usize {
+    match plan(n_stripes, n_tiles, n, n_sms, column_tile) {
+        Plan::Large { splits, .. } if splits > 1 => splits * n * n_stripes * super::matrix::TILE_ROWS,
+        _ => 0,
+    }
+}
+
+impl Product<'_> {
+    /// Enqueues the product. `partial` is work space of at least [`partial_len`] elements.
+    ///
+    /// # Errors
+    /// [`CudaError::Contract`] for shapes that do not go together; a failed launch.
+    pub fn launch(&self, kernels: &Kernels, partial: &Buffer<f32>) -> Result<(), CudaError> {
+        self.check()?;
+        let shape = self.matrix.shape();
+        let n_sms = kernels.gpu().info().n_sms as usize;
+        let column_tile = match &self.experts {
+            Experts::Tiles { column_tile, .. } => Some(*column_tile),
+            _ => None,
+        };
+        let few = matches!(self.experts, Experts::Jobs { .. });
+        match plan(shape.n_stripes, shape.n_tiles, if few { 1 } else { self.n }, n_sms, column_tile) {
+            Plan::Small { n_chunks } => self.launch_small(kernels, n_chunks),
+            Plan::Large { columns, splits } => self.launch_large(kernels, columns, splits, partial),
+        }
+    }
+
+    fn launch_small(&self, kernels: &Kernels, n_chunks: usize) -> Result<(), CudaError> {
+        let gated = self.matrix.is_gated();
+        let kernel = kernels.get("matmul_small", small_name(self.matrix.kind(), gated), 0)?;
+        let stripes = self.matrix.shape().n_stripes / if gated { 2 } else { 1 };
+        let jobs = if matches!(self.experts, Experts::Jobs { .. }) { self.n } else { 1 };
+        let mut launch = Launch::new((stripes as u32, jobs as u32, 1), (32, n_chunks as u32, 1));
+        launch.overlap = true;
+        // SAFETY: MatmulArgs mirrors the kernel's parameter; `check` held every buffer against the shapes.
+        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(self.args(0))) }
+    }
+
+    fn launch_large(
+        &self,
+        kernels: &Kernels,
+        columns: usize,
+        splits: usize,
+        partial: &Buffer<f32>,
+    ) -> Result<(), CudaError> {
+        let shape = self.matrix.shape();
+        let needed = if splits > 1 { splits * self.n * shape.n_stripes * super::matrix::TILE_ROWS } else { 0 };
+        if partial.len() < needed {
+            return Err(contract("partial", format!("{needed} elements"), partial.len()));
+        }
+        let shared_bytes = (STAGES * columns * 128) as u32;
+        let kernel = kernels.get("matmul_large", large_name(self.matrix.kind(), columns), shared_bytes)?;
+        let row_blocks = shape.n_stripes.div_ceil(STRIPES_PER_BLOCK) as u32;
+        let mut launch = Launch::new((row_blocks, self.n.div_ceil(columns) as u32, splits as u32), (256, 1, 1));
+        launch.shared_bytes = shared_bytes;
+        launch.overlap = true;
+        let args = self.args(partial.ptr());
+        // SAFETY: as above; `partial` holds the sums of every chunk.
+        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args))? };
+        if splits > 1 {
+            let rows = shape.n_stripes * super::matrix::TILE_ROWS;
+            let mut launch = Launch::new((rows.div_ceil(256) as u32, self.n as u32, 1), (256, 1, 1));
+            launch.overlap = true;
+            let reduce = kernels.get("matmul_large", "matmul_reduce", 0)?;
+            let args = Args::new().with(args).with(splits as i32).with(columns as i32);
+            // SAFETY: as above.
+            unsafe { reduce.launch(kernels.gpu(), launch, args)? };
+        }
+        Ok(())
+    }
+
+    fn args(&self, partial: u64) -> MatmulArgs {
+        let shape = self.matrix.shape();
+        let ptr = |buffer: Option<&Buffer<f32>>| buffer.map_or(0, Buffer::ptr);
+        let (y, y_stride, epilogue) = match &self.output {
+            Output::Store(rows) => (rows.data.ptr(), rows.stride, 0),
+            Output::Add(rows) => (rows.data.ptr(), rows.stride, 1),
+            Output::StoreHalf(rows) => (rows.data.ptr(), rows.stride, 2),
+            Output::Gated(rows, _) => (rows.data.ptr(), rows.stride, 3),
+        };
+        let (alpha, limit) = match &self.output {
+            Output::Gated(_, Gate::Clamped { alpha, limit }) => (*alpha, *limit),
+            _ => (1.0, 0.0),
+        };
+        let (mat_of, gather, jobs_per_row) = match &self.experts {
+            Experts::One => (0, 0, 1),
+            Experts::Jobs { mats, per_row } => (mats.ptr(), 0, *per_row),
+            Experts::Tiles { mats, gather, .. } => (mats.ptr(), gather.ptr(), 1),
+        };
+        MatmulArgs {
+            w: self.matrix.planes(),
+            x: self.x.data.ptr(),
+            y,
+            bias: ptr(self.bias),
+            bias_up: ptr(self.bias_up),
+            mat_of,
+            gather,
+            partial,
+            out_scale: self.matrix.out_scale(),
+            alpha,
+            limit,
+            n_rows: self.matrix.n_rows() as i32,
+            n_stripes: shape.n_stripes as i32,
+            n_tiles: shape.n_tiles as i32,
+            x_stride: self.x.stride as i32,
+            y_stride: y_stride as i32,
+            n: if matches!(self.experts, Experts::Jobs { .. }) { 1 } else { self.n as i32 },
+            jobs_per_row: jobs_per_row as i32,
+            epilogue,
+        }
+    }
+
+    fn check(&self) -> Result<(), CudaError> {
+        if self.n == 0 {
+            return Err(contract("n", "at least one column", 0));
+        }
+        if self.x.stride < self.matrix.padded_cols() || !self.x.stride.is_multiple_of(8) {
+            return Err(contract(
+                "stride of x",
+                format!("{} or more, whole 16 bytes", self.matrix.padded_cols()),
+                self.x.stride,
+            ));
+        }
+        let x_rows = match &self.experts {
+            Experts::One => self.n,
+            Experts::Jobs { per_row, .. } => self.n.div_ceil(*per_row),
+            Experts::Tiles { .. } => 1,
+        };
+        if self.x.data.len() < x_rows * self.x.stride {
+            return Err(contract("x", format!("{x_rows} rows of {}", self.x.stride), self.x.data.len()));
+        }
+        let (len, stride) = match &self.output {
+            Output::Store(rows) | Output::Add(rows) => (rows.data.len(), rows.stride),
+            Output::StoreHalf(rows) | Output::Gated(rows, _) => (rows.data.len(), rows.stride),
+        };
+        if stride < self.matrix.n_rows() || len < self.n * stride {
+            return Err(contract(
+                "y",
+                format!("{} rows of {} or more", self.n, self.matrix.n_rows()),
+                format!("{len} elements, stride {stride}"),
+            ));
+        }
+        let gated = matches!(self.output, Output::Gated(..));
+        if gated != self.matrix.is_gated() {
+            return Err(contract(
+                "output",
+                "gated for interleaved matrices and for no others",
+                format!("{:?}", self.matrix.is_gated()),
+            ));
+        }
+        for bias in self.bias.iter().chain(&self.bias_up) {
+            let expected = self.matrix.shape().n_mats * self.matrix.n_rows();
+            if bias.len() != expected {
+                return Err(contract("bias", expected, bias.len()));
+            }
+        }
+        match &self.experts {
+            Experts::One => Ok(()),
+            Experts::Jobs { mats, .. } if mats.len() < self.n => Err(contract("experts", self.n, mats.len())),
+            Experts::Tiles { mats, gather, column_tile }
+                if gather.len() < self.n
+                    || mats.len() < self.n.div_ceil(*column_tile)
+                    || ![32, 64, 128].contains(column_tile) =>
+            {
+                Err(contract(
+                    "experts",
+                    format!("{} columns in tiles of 32, 64 or 128", self.n),
+                    format!("{} in tiles of {column_tile}", gather.len()),
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn contract(what: &str, expected: impl ToString, found: impl ToString) -> CudaError {
+    CudaError::Contract {
+        op: format!("Product::launch: {what}"),
+        expected: expected.to_string(),
+        found: found.to_string(),
+    }
+}
+
+fn small_name(kind: Kind, gated: bool) -> &'static str {
+    match (kind, gated) {
+        (Kind::F16, false) => "matmul_small_f16",
+        (Kind::Q8, false) => "matmul_small_q8",
+        (Kind::Q4, false) => "matmul_small_q4",
+        (Kind::Q4G16, false) => "matmul_small_q4g16",
+        (Kind::Mx4, false) => "matmul_small_mx4",
+        (Kind::Q5, false) => "matmul_small_q5",
+        (Kind::Q6, false) => "matmul_small_q6",
+        (Kind::F16, true) => "matmul_small_gated_f16",
+        (Kind::Q8, true) => "matmul_small_gated_q8",
+        (Kind::Q4, true) => "matmul_small_gated_q4",
+        (Kind::Q4G16, true) => "matmul_small_gated_q4g16",
+        (Kind::Mx4, true) => "matmul_small_gated_mx4",
+        (Kind::Q5, true) => "matmul_small_gated_q5",
+        (Kind::Q6, true) => "matmul_small_gated_q6",
+    }
+}
+
+macro_rules! large_names {
+    ($kind:expr, $columns:expr, $($variant:ident $text:literal),*) => {
+        match ($kind, $columns) {
+            $(
+                (Kind::$variant, 32) => concat!("matmul_large_32_", $text),
+                (Kind::$variant, 64) => concat!("matmul_large_64_", $text),
+                (Kind::$variant, _) => concat!("matmul_large_128_", $text),
+            )*
+        }
+    };
+}
+
+fn large_name(kind: Kind, columns: usize) -> &'static str {
+    large_names!(kind, columns, F16 "f16", Q8 "q8", Q4 "q4", Q4G16 "q4g16", Mx4 "mx4", Q5 "q5", Q6 "q6")
+}
+
+/// f16 elements that hold `rows` rows of activations for products with matrices of `n_cols` columns.
+pub fn half_rows_len(rows: usize, n_cols: usize) -> usize {
+    rows * n_cols.next_multiple_of(super::matrix::TILE_K)
+}
+
+/// Takes f16 rows for products with matrices of `n_cols` columns, zeroed, so that the padding is.
+///
+/// # Errors
+/// [`CudaError::OutOfMemory`].
+pub fn half_rows(arena: &crate::arena::Arena, what: &str, rows: usize, n_cols: usize) -> Result<HalfRows, CudaError> {
+    let data = arena.alloc::<f16>(half_rows_len(rows, n_cols), what)?;
+    data.zero()?;
+    Ok(HalfRows { data, stride: n_cols.next_multiple_of(super::matrix::TILE_K) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_depend_on_k_alone_and_are_few() {
+        assert_eq!(chunks(1), 1);
+        assert_eq!(chunks(14), 4); // Qwen2.5-0.5B: 896
+        assert_eq!(chunks(64), 8); // Llama-3-8B: 4096
+        assert_eq!(chunks(224), 8); // 14336
+        for n_tiles in 1..1000 {
+            let n = chunks(n_tiles);
+            assert!((1..=MAX_CHUNKS).contains(&n));
+            assert!((n - 1) * chunk_tiles(n_tiles) < n_tiles, "no chunk of {n_tiles} is empty");
+        }
+    }
+
+    #[test]
+    fn few_columns_go_to_the_small_kernel_and_many_fill_the_device() {
+        assert_eq!(plan(256, 64, 1, 132, None), Plan::Small { n_chunks: 8 });
+        assert_eq!(plan(256, 64, 8, 132, None), Plan::Small { n_chunks: 8 });
+        assert_eq!(plan(256, 64, 64, 132, None), Plan::Large { columns: 64, splits: 8 });
+        assert_eq!(plan(256, 64, 4096, 132, None), Plan::Large { columns: 128, splits: 1 });
+        assert_eq!(plan(360, 45, 64, 132, Some(32)), Plan::Large { columns: 32, splits: 8 });
+    }
+}

@@ -1,0 +1,4 @@
+//! Launchers: each checks its contract, chooses a configuration in a pure function, and enqueues one kernel.
+
+pub mod matmul;
+pub mod matrix;
