@@ -1,0 +1,80 @@
+// Attention for spans of many tokens: a block of 4 warps has 64 rows of one kv head and walks all their tiles.
+// q, out, caches: attention.cuh   Grid (n_items, NKV), block 128, shared 4 tiles (K and V, two stages).
+// Bound by: the tensor cores.   Reference: f64 softmax, rel err <= 2^-9.
+#include "attention.cuh"
+
+constexpr int WARPS = 4; // of 16 rows each
+
+template <int HS> DEVICE void attention_prefill(const AttentionArgs &args) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    const uint32_t tiles = shared_address(shared);
+    wait_for_predecessor();
+    const AttentionItem item = args.items[blockIdx.x];
+    const int kv_head = blockIdx.y, group = args.n_heads / args.n_kv_heads;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const unsigned *table = args.tables + item.table;
+    const int last_row = min(item.first_row + 16 * WARPS, item.n_rows) - 1;
+    const int low = args.positions[item.first_token + item.first_row / group];
+    const int high = args.positions[item.first_token + last_row / group];
+
+    Rows<HS> rows;
+    load_rows<HS>(rows, args, item, item.first_row + 16 * warp, kv_head, lane);
+    clear(rows);
+    float m[2] = {-CUDART_INF_F, -CUDART_INF_F}, l[2] = {}, total[HS / 8][4] = {};
+
+    int first, end;
+    tile_range(low, high, args.window, first, end);
+    auto copy = [&](int tile) {
+        const uint32_t stage = tiles + (tile & 1) * 2 * kv_tile_bytes<HS>();
+        copy_kv_tile<HS, 32 * WARPS>(stage, args.k_cache, table, tile, high + 1, kv_head, args.n_kv_heads);
+        copy_kv_tile<HS, 32 * WARPS>(stage + kv_tile_bytes<HS>(), args.v_cache, table, tile, high + 1, kv_head, args.n_kv_heads);
+    };
+    copy(first);
+    copy_async_commit();
+    for (int tile = first; tile < end; tile++) {
+        if (tile + 1 < end) copy(tile + 1);
+        copy_async_commit();
+        copy_async_wait<1>();
+        __syncthreads();
+        const uint32_t stage = tiles + (tile & 1) * 2 * kv_tile_bytes<HS>();
+        attend<HS>(rows, args, stage, stage + kv_tile_bytes<HS>(), tile, lane);
+        if (tile % SPLIT_TILES == SPLIT_TILES - 1 || tile + 1 == end) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                if (rows.m[r] == -CUDART_INF_F) continue;
+                float keep, take;
+                merge(m[r], l[r], rows.m[r], rows.l[r], keep, take);
+#pragma unroll
+                for (int j = 0; j < HS / 8; j++)
+#pragma unroll
+                    for (int e = 2 * r; e < 2 * r + 2; e++) total[j][e] = merged(total[j][e], rows.o[j][e], keep, take);
+            }
+            clear(rows);
+        }
+        __syncthreads();
+    }
+    dependents_may_start();
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int row = item.first_row + 16 * warp + lane / 4 + 8 * r;
+        if (row >= item.n_rows) continue;
+        const int head = kv_head * group + row % group;
+        const float factor = finish_factor(m[r], l[r], args.sinks, head);
+        half *out = args.out + static_cast<size_t>(item.first_token + row / group) * args.out_stride + head * HS + 2 * (lane % 4);
+#pragma unroll
+        for (int j = 0; j < HS / 8; j++) {
+            out[8 * j] = to_half(total[j][2 * r] * factor);
+            out[8 * j + 1] = to_half(total[j][2 * r + 1] * factor);
+        }
+    }
+}
+
+#define ATTENTION_PREFILL(HS)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(128) attention_prefill_##HS(const AttentionArgs args) {               \
+        attention_prefill<HS>(args);                                                                                   \
+    }
+ATTENTION_PREFILL(16)
+ATTENTION_PREFILL(32)
+ATTENTION_PREFILL(64)
+ATTENTION_PREFILL(96)
+ATTENTION_PREFILL(128)
