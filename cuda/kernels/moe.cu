@@ -3,7 +3,6 @@
 #include "common.cuh"
 
 constexpr int MAX_EXPERTS = 256;
-constexpr int MAX_USED = 16;
 
 // Chooses the n_used experts of the highest logits (ties: the lower index) and weighs them by a softmax over the chosen.
 // logits [n, n_experts] f32   experts [n, n_used] i32, weights [n, n_used] f32, both in descending order of logit
