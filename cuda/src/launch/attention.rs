@@ -1,0 +1,362 @@
+//! Rotation of queries and keys into the paged cache, and attention over it.
+
+use super::matrix::HalfRows;
+use crate::arena::Buffer;
+use crate::error::CudaError;
+use crate::kernels::{Args, Kernels, Launch};
+use half::f16;
+
+/// Tokens of a KV block. Mirrors `KV_BLOCK_TOKENS`.
+pub const BLOCK_TOKENS: usize = 32;
+/// Positions of a split. Mirrors `SPLIT`.
+pub const SPLIT: usize = 128;
+/// Positions of a tile. Mirrors `KV_TILE`.
+const TILE: usize = 64;
+/// Rows of a decode item.
+pub const DECODE_ROWS: usize = 16;
+/// Rows of a prefill item.
+pub const PREFILL_ROWS: usize = 64;
+/// Head sizes that there are kernels for.
+pub const HEAD_DIMS: &[usize] = &[16, 32, 64, 96, 128];
+
+/// Head counts of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key/value heads; divides `n_heads`.
+    pub n_kv_heads: usize,
+    /// Elements of a head: one of [`HEAD_DIMS`].
+    pub head_dim: usize,
+}
+
+/// Keys and values of one layer: f16 `[block][kv head][32 tokens][head_dim]` each.
+#[derive(Debug, Clone)]
+pub struct KvLayer {
+    /// Keys.
+    pub k: Buffer<f16>,
+    /// Values.
+    pub v: Buffer<f16>,
+}
+
+/// Rows of one sequence that a block works on. Mirrors `AttentionItem`.
+///
+/// Row `r` is token `first_token + r / group`, head `r % group` of each kv head, `group = n_heads / n_kv_heads`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct Item {
+    /// The span's first token in the batch.
+    pub first_token: i32,
+    /// The item's first row in the span.
+    pub first_row: i32,
+    /// Rows of the whole span; 0 for an unused item.
+    pub n_rows: i32,
+    /// Where the sequence's block table begins in the tables.
+    pub table: i32,
+}
+
+impl Item {
+    /// The item as the four numbers that a device buffer of items holds.
+    pub fn words(self) -> [i32; 4] {
+        [self.first_token, self.first_row, self.n_rows, self.table]
+    }
+
+    /// Cuts a span of `n_tokens` tokens into items of `rows` rows.
+    pub fn cut(
+        first_token: usize,
+        n_tokens: usize,
+        table: usize,
+        heads: Heads,
+        rows: usize,
+    ) -> impl Iterator<Item = Item> {
+        let n_rows = n_tokens * (heads.n_heads / heads.n_kv_heads);
+        (0..n_rows).step_by(rows).map(move |first_row| Item {
+            first_token: first_token as i32,
+            first_row: first_row as i32,
+            n_rows: n_rows as i32,
+            table: table as i32,
+        })
+    }
+}
+
+/// Arguments of [`Attention::prefill`] and [`Attention::decode`].
+#[derive(Debug, Clone)]
+pub struct Attention<'a> {
+    /// Head counts.
+    pub heads: Heads,
+    /// f16 `[n, n_heads * head_dim]`, rotated.
+    pub q: &'a Buffer<f16>,
+    /// The layer's cache.
+    pub kv: &'a KvLayer,
+    /// f16 `[n, stride]`.
+    pub out: &'a HalfRows,
+    /// f32 `[n_heads]`.
+    pub sinks: Option<&'a Buffer<f32>>,
+    /// Block tables of all sequences, one after another.
+    pub tables: &'a Buffer<u32>,
+    /// Position of each token, `[n]`.
+    pub positions: &'a Buffer<u32>,
+    /// Multiplies `q . k`.
+    pub scale: f32,
+    /// Logits become `cap * tanh(logit / cap)`.
+    pub softcap: Option<f32>,
+    /// Positions that a token sees, itself included; all if `None`.
+    pub window: Option<usize>,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct AttentionArgs {
+    q: u64,
+    k_cache: u64,
+    v_cache: u64,
+    out: u64,
+    sinks: u64,
+    items: u64,
+    tables: u64,
+    positions: u64,
+    partial: u64,
+    scale: f32,
+    softcap: f32,
+    n_heads: i32,
+    n_kv_heads: i32,
+    window: i32,
+    max_splits: i32,
+    out_stride: i32,
+}
+
+/// f32 elements of work space for decoding `n_items` items over at most `max_splits` splits.
+pub fn decode_partial_len(heads: Heads, n_items: usize, max_splits: usize) -> usize {
+    n_items * heads.n_kv_heads * max_splits * DECODE_ROWS * (heads.head_dim + 2)
+}
+
+impl Attention<'_> {
+    /// Enqueues attention of items of up to 64 rows, `items` holding `n_items` of them ([`Item::words`]).
+    ///
+    /// # Errors
+    /// [`CudaError::Contract`]; a failed launch.
+    pub fn prefill(&self, kernels: &Kernels, items: &Buffer<i32>, n_items: usize) -> Result<(), CudaError> {
+        self.check(items, n_items)?;
+        let name = match self.heads.head_dim {
+            16 => "attention_prefill_16",
+            32 => "attention_prefill_32",
+            64 => "attention_prefill_64",
+            96 => "attention_prefill_96",
+            _ => "attention_prefill_128",
+        };
+        let shared = self.tile_bytes() * 4;
+        let kernel = kernels.get("attention_prefill", name, shared)?;
+        let grid = (n_items as u32, self.heads.n_kv_heads as u32, 1);
+        let launch = Launch { grid, block: (128, 1, 1), shared_bytes: shared, overlap: true };
+        // SAFETY: AttentionArgs mirrors the kernel's parameter; `check` held the buffers against the shapes.
+        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(self.args(items, 0, 1))) }
+    }
+
+    /// Enqueues attention of items of up to 16 rows that see at most `max_splits` splits, in two kernels. `partial` has
+    /// [`decode_partial_len`] elements.
+    ///
+    /// # Errors
+    /// [`CudaError::Contract`]; a failed launch.
+    pub fn decode(
+        &self,
+        kernels: &Kernels,
+        items: &Buffer<i32>,
+        n_items: usize,
+        max_splits: usize,
+        partial: &Buffer<f32>,
+    ) -> Result<(), CudaError> {
+        self.check(items, n_items)?;
+        let needed = decode_partial_len(self.heads, n_items, max_splits);
+        if partial.len() < needed {
+            return Err(contract("partial", needed, partial.len()));
+        }
+        let (split, merge) = match self.heads.head_dim {
+            16 => ("attention_decode_16", "attention_merge_16"),
+            32 => ("attention_decode_32", "attention_merge_32"),
+            64 => ("attention_decode_64", "attention_merge_64"),
+            96 => ("attention_decode_96", "attention_merge_96"),
+            _ => ("attention_decode_128", "attention_merge_128"),
+        };
+        let shared = self.tile_bytes() * 4;
+        let args = self.args(items, partial.ptr(), max_splits);
+        let n_kv_heads = self.heads.n_kv_heads as u32;
+        let grid = (n_items as u32, n_kv_heads, max_splits as u32);
+        let launch = Launch { grid, block: (32, 1, 1), shared_bytes: shared, overlap: true };
+        let kernel = kernels.get("attention_decode", split, shared)?;
+        // SAFETY: as in `prefill`; `partial` holds every split of every item.
+        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args))? };
+        let grid = (n_items as u32, n_kv_heads, DECODE_ROWS as u32);
+        let launch = Launch { grid, block: (32, 1, 1), shared_bytes: 0, overlap: true };
+        let kernel = kernels.get("attention_decode", merge, 0)?;
+        // SAFETY: as above.
+        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args)) }
+    }
+
+    fn tile_bytes(&self) -> u32 {
+        (TILE * (self.heads.head_dim * 2 + 16)) as u32
+    }
+
+    fn args(&self, items: &Buffer<i32>, partial: u64, max_splits: usize) -> AttentionArgs {
+        AttentionArgs {
+            q: self.q.ptr(),
+            k_cache: self.kv.k.ptr(),
+            v_cache: self.kv.v.ptr(),
+            out: self.out.data.ptr(),
+            sinks: self.sinks.map_or(0, Buffer::ptr),
+            items: items.ptr(),
+            tables: self.tables.ptr(),
+            positions: self.positions.ptr(),
+            partial,
+            scale: self.scale,
+            softcap: self.softcap.unwrap_or(0.0),
+            n_heads: self.heads.n_heads as i32,
+            n_kv_heads: self.heads.n_kv_heads as i32,
+            window: self.window.map_or(0, |w| w as i32),
+            max_splits: max_splits as i32,
+            out_stride: self.out.stride as i32,
+        }
+    }
+
+    fn check(&self, items: &Buffer<i32>, n_items: usize) -> Result<(), CudaError> {
+        check_heads(self.heads)?;
+        let width = self.heads.n_heads * self.heads.head_dim;
+        if n_items == 0 || items.len() < 4 * n_items {
+            return Err(contract("items", format!("1 or more items of 4 numbers, {n_items} said"), items.len()));
+        }
+        if self.out.stride < width || !self.q.len().is_multiple_of(width) {
+            return Err(contract(
+                "q and out",
+                format!("rows of {width}"),
+                format!("{} and stride {}", self.q.len(), self.out.stride),
+            ));
+        }
+        if self.kv.k.len() != self.kv.v.len() {
+            return Err(contract("cache", self.kv.k.len(), self.kv.v.len()));
+        }
+        match self.sinks {
+            Some(sinks) if sinks.len() != self.heads.n_heads => Err(contract("sinks", self.heads.n_heads, sinks.len())),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn check_heads(heads: Heads) -> Result<(), CudaError> {
+    if !HEAD_DIMS.contains(&heads.head_dim) {
+        return Err(contract("head size", format!("one of {HEAD_DIMS:?}"), heads.head_dim));
+    }
+    if heads.n_kv_heads == 0 || !heads.n_heads.is_multiple_of(heads.n_kv_heads) || heads.n_heads == 0 {
+        return Err(contract(
+            "heads",
+            "query heads in whole groups",
+            format!("{} over {}", heads.n_heads, heads.n_kv_heads),
+        ));
+    }
+    Ok(())
+}
+
+/// Arguments of [`rope_kv`].
+#[derive(Debug, Clone)]
+pub struct RopeKv<'a> {
+    /// Head counts.
+    pub heads: Heads,
+    /// f32 `[n, stride]`: q from 0, k from `k_first`, v from `v_first`.
+    pub qkv: &'a Buffer<f32>,
+    /// Elements from one token to the next.
+    pub stride: usize,
+    /// First element of k.
+    pub k_first: usize,
+    /// First element of v.
+    pub v_first: usize,
+    /// f32 `[n_ctx, n_rot]`: cosines, then sines.
+    pub table: &'a Buffer<f32>,
+    /// Rotated elements per head.
+    pub n_rot: usize,
+    /// Pairs `(2i, 2i + 1)`, else `(i, i + n_rot / 2)`.
+    pub interleaved: bool,
+    /// Per-head normalisation of q and k, `[head_dim]`, and its epsilon.
+    pub norm: Option<(&'a Buffer<f32>, &'a Buffer<f32>, f32)>,
+    /// `[n]`.
+    pub positions: &'a Buffer<u32>,
+    /// `[n]`.
+    pub slots: &'a Buffer<u32>,
+    /// f16 `[n, n_heads * head_dim]`.
+    pub q_out: &'a Buffer<f16>,
+    /// The layer's cache.
+    pub kv: &'a KvLayer,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct RopeKvArgs {
+    qkv: u64,
+    table: u64,
+    q_norm: u64,
+    k_norm: u64,
+    positions: u64,
+    slots: u64,
+    q_out: u64,
+    k_cache: u64,
+    v_cache: u64,
+    norm_eps: f32,
+    qkv_stride: i32,
+    k_first: i32,
+    v_first: i32,
+    n_heads: i32,
+    n_kv_heads: i32,
+    head_dim: i32,
+    n_rot: i32,
+    interleaved: i32,
+}
+
+/// Enqueues the rotation of `n` tokens' queries and keys, and the writing of keys and values.
+///
+/// # Errors
+/// [`CudaError::Contract`]; a failed launch.
+pub fn rope_kv(kernels: &Kernels, op: &RopeKv<'_>, n: usize) -> Result<(), CudaError> {
+    check_heads(op.heads)?;
+    let Heads { n_heads, n_kv_heads, head_dim } = op.heads;
+    let needed = op.v_first.max(op.k_first) + n_kv_heads * head_dim;
+    if n == 0 || op.stride < needed || op.qkv.len() < n * op.stride {
+        return Err(contract(
+            "qkv",
+            format!("{n} rows of {needed} or more"),
+            format!("{} of {}", op.qkv.len(), op.stride),
+        ));
+    }
+    if op.n_rot > head_dim || !op.n_rot.is_multiple_of(2) || op.positions.len() < n || op.slots.len() < n {
+        return Err(contract("rotation", format!("an even part of {head_dim}, {n} positions and slots"), op.n_rot));
+    }
+    let args = RopeKvArgs {
+        qkv: op.qkv.ptr(),
+        table: op.table.ptr(),
+        q_norm: op.norm.map_or(0, |n| n.0.ptr()),
+        k_norm: op.norm.map_or(0, |n| n.1.ptr()),
+        positions: op.positions.ptr(),
+        slots: op.slots.ptr(),
+        q_out: op.q_out.ptr(),
+        k_cache: op.kv.k.ptr(),
+        v_cache: op.kv.v.ptr(),
+        norm_eps: op.norm.map_or(0.0, |n| n.2),
+        qkv_stride: op.stride as i32,
+        k_first: op.k_first as i32,
+        v_first: op.v_first as i32,
+        n_heads: n_heads as i32,
+        n_kv_heads: n_kv_heads as i32,
+        head_dim: head_dim as i32,
+        n_rot: op.n_rot as i32,
+        interleaved: i32::from(op.interleaved),
+    };
+    let launch = Launch {
+        grid: (n as u32, (n_heads + 2 * n_kv_heads) as u32, 1),
+        block: (32, 1, 1),
+        shared_bytes: 0,
+        overlap: true,
+    };
+    // SAFETY: RopeKvArgs mirrors the kernel's parameter; the checks above held the buffers against the shapes, and slots and
+    // positions are validated where the batch is made.
+    unsafe { kernels.get("rope_kv", "rope_kv", 0)?.launch(kernels.gpu(), launch, Args::new().with(args)) }
+}
+
+fn contract(what: &str, expected: impl ToString, found: impl ToString) -> CudaError {
+    CudaError::Contract { op: format!("attention: {what}"), expected: expected.to_string(), found: found.to_string() }
+}

@@ -1,0 +1,189 @@
+//! Products against f64, and against themselves: the same bits for any number of columns and from both kernels.
+
+mod support;
+
+use half::f16;
+use playhouse_cuda::arena::Buffer;
+use playhouse_cuda::launch::matmul::{self, Experts, Gate, Output, Product, Rows};
+use playhouse_cuda::launch::matrix::{FORMATS, Format, HalfRows, Layout, Matrix, Part, TILE_ROWS};
+use support::{Bench, Random, bench, download};
+
+/// Encoded rows with random bits and scales of usable size.
+fn random_rows(random: &mut Random, format: Format, n_rows: usize, n_cols: usize) -> Vec<u8> {
+    let (elems, bytes) = format.block();
+    let mut out = Vec::with_capacity(n_rows * n_cols / elems * bytes);
+    for _ in 0..n_rows * n_cols / elems {
+        let mut block: Vec<u8> = (0..bytes).map(|_| random.next() as u8).collect();
+        let scale = f16::from_f32(0.002 + 0.004 * random.unit()).to_le_bytes();
+        let minimum = f16::from_f32(0.01 * random.unit()).to_le_bytes();
+        let at = match format.name {
+            "F32" => {
+                block = (0.05 * random.normal()).to_le_bytes().to_vec();
+                vec![]
+            }
+            "F16" => {
+                block = f16::from_f32(0.05 * random.normal()).to_le_bytes().to_vec();
+                vec![]
+            }
+            "BF16" => {
+                block = half::bf16::from_f32(0.05 * random.normal()).to_le_bytes().to_vec();
+                vec![]
+            }
+            "MXFP4" => {
+                block[0] = 118 + (random.next() % 5) as u8;
+                vec![]
+            }
+            "Q4_1" | "Q5_1" | "Q4_K" | "Q5_K" => vec![(0, scale), (2, minimum)],
+            "Q2_K" => vec![(80, scale), (82, minimum)],
+            "Q3_K" => vec![(108, scale)],
+            "Q6_K" => vec![(208, f16::from_f32(1e-4).to_le_bytes())],
+            _ => vec![(0, scale)],
+        };
+        for (at, value) in at {
+            block[at..at + 2].copy_from_slice(&value);
+        }
+        out.extend(block);
+    }
+    out
+}
+
+struct Case {
+    matrix: Matrix,
+    weights: Vec<f32>, // as the products see them, rows padded to stripes
+}
+
+fn matrix(bench: &Bench, random: &mut Random, format: Format, n_rows: usize, n_cols: usize, n_mats: usize) -> Case {
+    let part = Part { format, n_rows };
+    let matrix = Matrix::new(&bench.arena, "w", &[part], Layout::Stacked, n_cols, n_mats).expect("fits");
+    let rows = random_rows(random, format, n_rows * n_mats, n_cols);
+    matrix.fill(&bench.kernels, 0, format, &bench.upload(&rows)).expect("launches");
+    let padded = n_rows.next_multiple_of(TILE_ROWS);
+    let unpacked = bench.zeros::<f32>(n_mats * padded * n_cols);
+    matrix.unpack(&bench.kernels, &unpacked).expect("launches");
+    Case { matrix, weights: download(&unpacked) }
+}
+
+fn activations(bench: &Bench, random: &mut Random, rows: usize, n_cols: usize) -> (HalfRows, Vec<f16>) {
+    let stride = n_cols.next_multiple_of(64);
+    let mut data = vec![f16::ZERO; rows * stride];
+    for row in data.chunks_mut(stride) {
+        row[..n_cols].fill_with(|| f16::from_f32(random.normal()));
+    }
+    (HalfRows { data: bench.upload(&data), stride }, data)
+}
+
+fn product(bench: &Bench, matrix: &Matrix, x: &HalfRows, n: usize) -> Vec<f32> {
+    let y = bench.zeros::<f32>(n * matrix.n_rows());
+    let shape = matrix.shape();
+    let n_sms = bench.gpu.info().n_sms as usize;
+    let partial: Buffer<f32> = bench.zeros(matmul::partial_len(shape.n_stripes, shape.n_tiles, n, n_sms, None).max(1));
+    let output = Output::Store(Rows { data: y.clone(), stride: matrix.n_rows() });
+    let product = Product { matrix, x, n, bias: None, bias_up: None, experts: Experts::One, output };
+    product.launch(&bench.kernels, &partial).expect("launches");
+    download(&y)
+}
+
+#[test]
+fn every_format_agrees_with_f64_and_with_itself_at_any_width() {
+    let Some(bench) = bench("every_format_agrees_with_f64_and_with_itself_at_any_width") else { return };
+    let mut random = Random(1);
+    for format in FORMATS {
+        for (n_rows, n_cols) in [(17, 256), (48, 768), (127, 2048), (130, 4352)] {
+            bench.arena.reset();
+            let case = matrix(&bench, &mut random, *format, n_rows, n_cols, 1);
+            let widths = [1, 2, 3, 8, 9, 17, 31, 33, 64, 65, 127, 200];
+            let (x, host) = activations(&bench, &mut random, 200, n_cols);
+            let all = product(&bench, &case.matrix, &x, 200);
+            for n in widths {
+                let some = product(&bench, &case.matrix, &x, n);
+                let same = some.iter().zip(&all).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same, "{} {n_rows}x{n_cols}: {n} columns differ from 200", format.name);
+            }
+            for (column, x) in host.chunks(x.stride).enumerate().step_by(13) {
+                for row in (0..n_rows).step_by(5) {
+                    let w = &case.weights[row * n_cols..][..n_cols];
+                    let terms = w.iter().zip(x).map(|(w, x)| f64::from(*w) * x.to_f64());
+                    let (exact, size) = terms.fold((0.0, 0.0), |(s, a), t| (s + t, a + f64::abs(t)));
+                    let found = f64::from(all[column * n_rows + row]);
+                    // Tensor cores add with about f32's precision, truncating: 2^-18 of the magnitudes is ample.
+                    let budget = size * 2f64.powi(-18) + 1e-9;
+                    assert!((found - exact).abs() <= budget, "{}: {found} is not {exact} +- {budget}", format.name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn experts_and_gates_give_the_same_bits_one_by_one_and_in_tiles() {
+    let Some(bench) = bench("experts_and_gates_give_the_same_bits_one_by_one_and_in_tiles") else { return };
+    let mut random = Random(2);
+    let format = Format::by_name("MXFP4").expect("listed");
+    let (n_rows, n_cols, n_mats, n) = (96, 576, 5, 40);
+    let case = matrix(&bench, &mut random, format, n_rows, n_cols, n_mats);
+    let (x, _) = activations(&bench, &mut random, n, n_cols);
+    // Column c of the tiled product is token c with expert c / 32.
+    let tiles = 2;
+    let gather: Vec<i32> = (0..tiles * 32).map(|c| if c < n as i32 { c } else { -1 }).collect();
+    let y = bench.zeros::<f32>(64 * n_rows);
+    let partial = bench.zeros::<f32>(8 * 64 * n_rows);
+    let experts = Experts::Tiles { mats: bench.upload(&[3, 1]), gather: bench.upload(&gather), column_tile: 32 };
+    let output = Output::Store(Rows { data: y.clone(), stride: n_rows });
+    let op = Product { matrix: &case.matrix, x: &x, n: 64, bias: None, bias_up: None, experts, output };
+    op.launch(&bench.kernels, &partial).expect("launches");
+    let tiled = download(&y);
+    let jobs: Vec<i32> = (0..n).map(|c| if c < 32 { 3 } else { 1 }).collect();
+    let y = bench.zeros::<f32>(n * n_rows);
+    let output = Output::Store(Rows { data: y.clone(), stride: n_rows });
+    let experts = Experts::Jobs { mats: bench.upload(&jobs), per_row: 1 };
+    let op = Product { matrix: &case.matrix, x: &x, n, bias: None, bias_up: None, experts, output };
+    op.launch(&bench.kernels, &partial).expect("launches");
+    assert_eq!(
+        download(&y).iter().map(|v| v.to_bits()).collect::<Vec<_>>(),
+        tiled[..n * n_rows].iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+    );
+}
+
+#[test]
+fn a_gated_product_is_the_gate_of_its_two_products() {
+    let Some(bench) = bench("a_gated_product_is_the_gate_of_its_two_products") else { return };
+    let mut random = Random(3);
+    let format = Format::by_name("Q4_K").expect("listed");
+    let (n_rows, n_cols, n) = (80, 512, 5);
+    let part = Part { format, n_rows };
+    let rows = [0, 1].map(|_| bench.upload(&random_rows(&mut random, format, n_rows, n_cols)));
+    let both = Matrix::new(&bench.arena, "gate and up", &[part, part], Layout::Interleaved, n_cols, 1).expect("fits");
+    let single = |rows: &Buffer<u8>| {
+        let one = Matrix::new(&bench.arena, "one", &[part], Layout::Stacked, n_cols, 1).expect("fits");
+        one.fill(&bench.kernels, 0, format, rows).expect("launches");
+        one
+    };
+    for (i, rows) in rows.iter().enumerate() {
+        both.fill(&bench.kernels, i, format, rows).expect("launches");
+    }
+    let (x, _) = activations(&bench, &mut random, n, n_cols);
+    let h = bench.zeros::<f16>(n * n_rows);
+    let output = Output::Gated(HalfRows { data: h.clone(), stride: n_rows }, Gate::SwiGlu);
+    let op = Product { matrix: &both, x: &x, n, bias: None, bias_up: None, experts: Experts::One, output };
+    op.launch(&bench.kernels, &bench.zeros(1)).expect("launches");
+    let gate = product(&bench, &single(&rows[0]), &x, n);
+    let up = product(&bench, &single(&rows[1]), &x, n);
+    for (i, h) in download(&h).iter().enumerate() {
+        let (g, u) = (f64::from(gate[i]), f64::from(up[i]));
+        let exact = g / (1.0 + (-g).exp()) * u;
+        assert!((h.to_f64() - exact).abs() <= exact.abs() * 1e-3 + 1e-6, "{i}: {h} is not {exact}");
+    }
+}
+
+#[test]
+fn misuse_is_an_error() {
+    let Some(bench) = bench("misuse_is_an_error") else { return };
+    let format = Format::by_name("Q4_K").expect("listed");
+    let odd = Matrix::new(&bench.arena, "w", &[Part { format, n_rows: 16 }], Layout::Stacked, 896, 1);
+    assert!(odd.is_err_and(|e| e.to_string().contains("whole blocks")));
+    let good = Matrix::new(&bench.arena, "w", &[Part { format, n_rows: 16 }], Layout::Stacked, 256, 1).expect("fits");
+    let short = good.fill(&bench.kernels, 0, format, &bench.zeros(10));
+    assert!(short.is_err_and(|e| e.to_string().contains("10 bytes")));
+    let too_large = bench.arena.alloc::<u8>(64 << 30, "all of it");
+    assert!(too_large.is_err_and(|e| e.to_string().contains("out of memory")));
+}
