@@ -6,6 +6,7 @@
 
 mod error;
 mod inspect;
+mod tokenize;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -41,6 +42,8 @@ macro_rules! commands {
 commands! {
     /// Show what is in a GGUF file: metadata, tensors, types, bytes, and the memory it takes to run
     Inspect => inspect,
+    /// Show the tokens of a text; works on vocabulary-only files of any architecture
+    Tokenize => tokenize,
 }
 
 /// Runs language models from GGUF files. The same request with the same seed gives the same bytes.

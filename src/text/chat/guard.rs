@@ -126,7 +126,7 @@ mod tests {
         assert_eq!(places("x<|a|>y</s>"), [2, 8]);
         assert_eq!(places("<|a|"), [1]);
         assert_eq!(places("a <"), [3]);
-        assert_eq!(places("< | a"), []);
+        assert!(places("< | a").is_empty());
         assert_eq!(places("<<<|ab|><|ab"), [3, 9]);
     }
 
