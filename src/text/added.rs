@@ -66,10 +66,17 @@ impl AddedTokens {
     pub(crate) fn split<'t>(&self, text: &'t str, control: bool, guards: &[usize], emit: &mut dyn FnMut(Fragment<'t>)) {
         let automaton = if control { &self.all } else { &self.plain };
         let (mut from, mut at) = (0, 0);
-        while let Some(found) = automaton.as_ref().and_then(|a| a.find(Input::new(text).range(at..))) {
-            if is_guarded(guards, found.start(), found.end()) {
-                at = found.start() + text[found.start()..].chars().next().map_or(1, char::len_utf8);
-                continue;
+        while let Some(mut found) = automaton.as_ref().and_then(|a| a.find(Input::new(text).range(at..))) {
+            if let Some(guard) = guard_inside(guards, found.start(), found.end()) {
+                // Not across the guard; a shorter token may still stand before it.
+                let before = Input::new(text).range(found.start()..guard);
+                match automaton.as_ref().and_then(|a| a.find(before)).filter(|m| m.start() == found.start()) {
+                    Some(shorter) => found = shorter,
+                    None => {
+                        at = found.start() + text[found.start()..].chars().next().map_or(1, char::len_utf8);
+                        continue;
+                    }
+                }
             }
             let idx = found.pattern().as_usize();
             let token = &self.tokens[if control { idx } else { self.plain_idx[idx] }];
@@ -90,8 +97,9 @@ fn emit_text<'t>(text: &'t str, emit: &mut dyn FnMut(Fragment<'t>)) {
     }
 }
 
-fn is_guarded(guards: &[usize], start: usize, end: usize) -> bool {
-    guards.get(guards.partition_point(|&g| g <= start)).is_some_and(|&g| g < end)
+/// The first guard strictly inside a range.
+fn guard_inside(guards: &[usize], start: usize, end: usize) -> Option<usize> {
+    guards.get(guards.partition_point(|&g| g <= start)).copied().filter(|&g| g < end)
 }
 
 #[cfg(test)]
@@ -126,7 +134,8 @@ mod tests {
     fn guards_keep_text_as_text() {
         assert_eq!(split("<|a|><|a|>", true, &[1]), [Text("<|a|>"), Token(1)]);
         assert_eq!(split("<|a|><|a|>", true, &[0, 5, 9]), [Token(1), Text("<|a|>")]);
-        assert_eq!(split("é<|a|>b", true, &[7]), [Text("é"), Token(2)]);
+        assert_eq!(split("é<|a|>b", true, &[7]), [Text("é"), Token(1), Text("b")]);
+        assert_eq!(split("é<|a|>b", true, &[8]), [Text("é"), Token(2)]);
     }
 
     #[test]
