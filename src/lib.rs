@@ -10,11 +10,13 @@
 //! | [`models`] | architectures as data, one row in one table each | `dtype`, `gguf`, `backend` |
 //! | [`engine`] | paged KV, scheduler, interpreter of model descriptions, sampler | all of the above, `actors` |
 //! | [`text`] | tokenizers, detokenizer, chat templates, stop strings | `gguf` |
+//! | [`basho`] | the embedded model, and the grammar, lexicon and scanner that its training text came from | - |
 //! | [`cli`] | the commands | everyone |
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the life of one request.
 
 pub mod backend;
+pub mod basho;
 pub mod cli;
 pub mod dtype;
 pub mod engine;
