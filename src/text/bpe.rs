@@ -10,7 +10,8 @@ use super::merge::{Merge, MergeTable};
 use super::pretokenize::{self, Stage};
 
 /// Words up to this length go through the `tokenizers` crate, whose cache of words pays off there. Longer ones
-/// would cost it some 100 bytes of memory per byte of text; they are merged by [`MergeTable`], with equal result.
+/// would cost it some 100 bytes of memory per byte of text (symbols, agenda, and a string per token); they are merged
+/// by [`MergeTable`], with equal result.
 const WORD_MAX_BYTES: usize = 512;
 
 /// What a byte-level vocabulary consists of.

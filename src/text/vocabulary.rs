@@ -224,3 +224,140 @@ impl<'f> Reader<'f> {
         Ok(added.collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tokenizer::{EncodeOptions, Tokenizer};
+    use super::*;
+    use crate::gguf::writer::GgufWriter;
+    use crate::gguf::{Array, StrArray, Value};
+
+    fn strings<S: AsRef<str>>(items: impl IntoIterator<Item = S>) -> Value {
+        let mut array = StrArray::default();
+        items.into_iter().for_each(|item| array.push(item.as_ref()));
+        Value::Array(Array::Str(array))
+    }
+
+    /// All bytes, `ab`, `abc`, and two control tokens: what a small byte-level model has.
+    fn bpe() -> GgufWriter {
+        let alphabet = super::super::byte_level::Alphabet::get();
+        let mut tokens: Vec<String> = (0..=255u8).map(|b| alphabet.char_of(b).to_string()).collect();
+        tokens.extend(["ab", "abc", "<|im_start|>", "<|im_end|>"].map(String::from));
+        let mut kinds = vec![1; 258];
+        kinds.extend([3, 3]);
+        let mut writer = GgufWriter::new();
+        writer.set("general.architecture", "nosuch");
+        writer.set("tokenizer.ggml.model", "gpt2");
+        writer.set("tokenizer.ggml.pre", "gpt-2");
+        writer.set("tokenizer.ggml.tokens", strings(tokens));
+        writer.set("tokenizer.ggml.token_type", Value::Array(Array::I32(kinds)));
+        writer.set("tokenizer.ggml.merges", strings(["a b", "ab c"]));
+        writer
+    }
+
+    fn spm() -> GgufWriter {
+        let mut writer = GgufWriter::new();
+        writer.set("tokenizer.ggml.model", "llama");
+        writer.set("tokenizer.ggml.tokens", strings(["<unk>", "<s>", "</s>", "▁", "a", "▁a"]));
+        writer.set("tokenizer.ggml.token_type", Value::Array(Array::I32(vec![2, 3, 3, 1, 1, 1])));
+        writer.set("tokenizer.ggml.scores", Value::Array(Array::F32(vec![0.0, 0.0, 0.0, -1.0, -2.0, -3.0])));
+        writer
+    }
+
+    fn open(writer: GgufWriter) -> Result<Tokenizer, TextError> {
+        Tokenizer::from_gguf(&GgufFile::from_vec("v.gguf", writer.to_vec(&[]).unwrap()).unwrap())
+    }
+
+    fn ids(writer: GgufWriter, text: &str) -> Vec<u32> {
+        open(writer).unwrap().encode(text, EncodeOptions::PROMPT).unwrap()
+    }
+
+    fn with(mut writer: GgufWriter, key: &str, value: impl Into<Value>) -> GgufWriter {
+        writer.set(key, value);
+        writer
+    }
+
+    #[test]
+    fn a_vocabulary_of_any_architecture() {
+        assert_eq!(ids(bpe(), "abc<|im_end|>ab"), [257, 259, 256]);
+        let tokenizer = open(bpe()).unwrap();
+        assert_eq!((tokenizer.stop_ids(), tokenizer.special_ids().eot), (&[259][..], Some(259)));
+        assert_eq!(tokenizer.n_vocab(), 260);
+    }
+
+    #[test]
+    fn an_unknown_pre_tokenizer_is_refused_by_name() {
+        for writer in [bpe(), spm()] {
+            let error = open(with(writer, "tokenizer.ggml.pre", "future-9b")).unwrap_err();
+            assert!(matches!(error, TextError::UnknownPreTokenizer { .. }));
+            let message = error.to_string();
+            assert!(
+                message.starts_with("v.gguf: tokenizer.ggml.pre is \"future-9b\", which is not a known"),
+                "{message}"
+            );
+            assert!(message.contains("qwen2") && message.contains("llama-bpe"), "{message}");
+        }
+    }
+
+    #[test]
+    fn other_models_are_refused_by_name() {
+        for model in ["bert", "t5", "rwkv", "plamo2"] {
+            let error = open(with(bpe(), "tokenizer.ggml.model", model)).unwrap_err().to_string();
+            assert!(error.contains(&format!("tokenizer.ggml.model is {model:?}")), "{error}");
+        }
+        let error = open(with(bpe(), "tokenizer.ggml.model", "none")).unwrap_err();
+        assert!(matches!(error, TextError::NoTokenizer { .. }));
+    }
+
+    #[test]
+    fn affixes_and_spaces_as_the_metadata_says() {
+        let bos = |w| with(w, "tokenizer.ggml.bos_token_id", 258u32);
+        assert_eq!(ids(with(bos(bpe()), "tokenizer.ggml.add_bos_token", true), "ab"), [258, 256]);
+        assert_eq!(ids(with(bos(bpe()), "tokenizer.ggml.pre", "llama-bpe"), "ab"), [258, 256]);
+        let off = with(with(bos(bpe()), "tokenizer.ggml.pre", "llama-bpe"), "tokenizer.ggml.add_bos_token", false);
+        assert_eq!(ids(off, "ab"), [256]);
+        assert_eq!(ids(spm(), "a"), [1, 5]);
+        assert_eq!(ids(with(spm(), "tokenizer.ggml.add_eos_token", true), "a"), [1, 5, 2]);
+        assert_eq!(ids(with(spm(), "tokenizer.ggml.add_space_prefix", false), "a a"), [1, 4, 5]);
+        assert_eq!(ids(spm(), "é"), [1, 3, 0]);
+    }
+
+    #[test]
+    fn contradictions_are_named() {
+        let i32s = |n| Value::Array(Array::I32(vec![1; n]));
+        let mut twice: Vec<String> = (0..260).map(|i| format!("t{i}")).collect();
+        twice[7] = "t9".into();
+        for (writer, expected) in [
+            (with(bpe(), "tokenizer.ggml.token_type", i32s(3)), "tokenizer.ggml.token_type: expected 260 values"),
+            (with(bpe(), "tokenizer.ggml.tokens", strings(twice)), "\"t9\" as 7 and as 9"),
+            (
+                with(bpe(), "tokenizer.ggml.merges", strings(["a b", "ab"])),
+                "tokenizer.ggml.merges[1]: expected two tokens",
+            ),
+            (with(bpe(), "tokenizer.ggml.merges", strings(["a c"])), "merge 0 (\"a\" \"c\")"),
+            (with(bpe(), "tokenizer.ggml.merges", 7u32), "tokenizer.ggml.merges"),
+            (with(bpe(), "tokenizer.ggml.eos_token_id", 260u32), "tokenizer.ggml.eos_token_id"),
+            (with(bpe(), "tokenizer.ggml.add_bos_token", true), "tokenizer.ggml.bos_token_id is not set"),
+            (with(bpe(), "tokenizer.ggml.tokens", strings::<&str>([])), "at least one token"),
+            (
+                with(spm(), "tokenizer.ggml.scores", Value::Array(Array::F32(vec![0.0]))),
+                "tokenizer.ggml.scores: expected 6",
+            ),
+            (with(spm(), "tokenizer.ggml.remove_extra_whitespaces", true), "remove_extra_whitespaces"),
+        ] {
+            let error = open(writer).unwrap_err().to_string();
+            assert!(error.contains("v.gguf") && error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_merges_text_into_a_control_token_is_refused() {
+        let mut writer = bpe();
+        writer.set("tokenizer.ggml.merges", strings(["a b", "ab c", "<|im_ start|>"]));
+        assert!(open(writer).is_err());
+        // Nor does SentencePiece make one, whatever its score.
+        let mut writer = spm();
+        writer.set("tokenizer.ggml.tokens", strings(["<unk>", "aa", "</s>", "▁", "a", "▁a"]));
+        assert_eq!(open(writer).unwrap().encode("aa", EncodeOptions::PLAIN).unwrap(), [5, 4]);
+    }
+}
