@@ -5,6 +5,7 @@ pub mod weights;
 pub mod forward;
 mod runner;
 mod vram;
+mod adapter;
 mod llm;
 pub mod sequence;
 pub mod scheduler;
@@ -13,6 +14,7 @@ pub mod kv;
 pub mod sampler;
 mod validate;
 
+pub use adapter::{Adapter, AdapterError, Generation, SequenceId};
 pub use llm::{EngineOptions, LlmEngine, engine_error};
 pub use runner::{LoadError, Runner, RunnerLimits};
 pub use step_model::{StepCapacity, StepModel};

@@ -14,9 +14,9 @@ use std::f64::consts::PI;
 pub fn table<E>(
     rope: &RopeSpec,
     n_ctx: usize,
-    mut factors: impl FnMut(&TensorRule) -> Result<Vec<f32>, E>,
+    factors: impl FnMut(&TensorRule) -> Result<Vec<f32>, E>,
 ) -> Result<Vec<f32>, E> {
-    let (frequencies, scale) = frequencies(rope, n_ctx, &mut factors)?;
+    let (frequencies, scale) = frequencies(rope, n_ctx, factors)?;
     let mut table = vec![0.0; n_ctx * rope.n_rot];
     for (position, row) in table.chunks_exact_mut(rope.n_rot).enumerate() {
         let (cosines, sines) = row.split_at_mut(rope.n_rot / 2);
@@ -30,10 +30,13 @@ pub fn table<E>(
 }
 
 /// Radians per position of each pair, and what cosines and sines are multiplied by.
-fn frequencies<E>(
+///
+/// # Errors
+/// What `factors` returns.
+pub fn frequencies<E>(
     rope: &RopeSpec,
     n_ctx: usize,
-    factors: &mut impl FnMut(&TensorRule) -> Result<Vec<f32>, E>,
+    mut factors: impl FnMut(&TensorRule) -> Result<Vec<f32>, E>,
 ) -> Result<(Vec<f32>, f32), E> {
     let periods = periods(rope);
     let divided = |factors: Vec<f32>| periods.iter().zip(factors).map(|(p, f)| 1.0 / (f * p)).collect::<Vec<f32>>();
@@ -97,7 +100,7 @@ mod tests {
 
     fn frequencies_of(scaling: RopeScaling, n_ctx: usize) -> (Vec<f32>, f32) {
         let factors = |rule: &TensorRule| Ok::<_, Infallible>(vec![rule.name().len() as f32; 4]);
-        let Ok(found) = frequencies(&rope(scaling), n_ctx, &mut { factors });
+        let Ok(found) = frequencies(&rope(scaling), n_ctx, factors);
         found
     }
 

@@ -1,9 +1,9 @@
 //! Logits against transformers: at every position, however the prompt is cut and whoever else is in the batch.
 
-use super::driver::{Sequence, all_logits, push, runner};
+use super::driver::{Sequence, all_logits, push, runner, runner_with};
 use super::golden::{self, Prompt, agree, argmax, checkpoint, golden, logsumexp};
-use playhouse::backend::Batch;
-use playhouse::engine::StepModel;
+use playhouse::backend::{Batch, KvDtype};
+use playhouse::engine::{RunnerLimits, StepModel};
 
 fn check_logits(name: &str) {
     let file = checkpoint(name);
@@ -21,6 +21,7 @@ fn check_logits(name: &str) {
 }
 
 fn compare(name: &str, prompt: &Prompt, logits: &[f32], n_vocab: usize) {
+    let mut worst = 0f32;
     let n = prompt.tokens.len();
     let row = |pos: usize| &logits[pos * n_vocab..][..n_vocab];
     for pos in 0..n {
@@ -33,6 +34,30 @@ fn compare(name: &str, prompt: &Prompt, logits: &[f32], n_vocab: usize) {
             let found = row(golden.pos)[column];
             let place = (golden.pos, column);
             assert!(agree(found, expected), "{name}, {n} tokens, {place:?}: logit {found}, golden {expected}");
+            worst = worst.max((found - expected).abs() / expected.abs().max(1.0));
+        }
+    }
+    println!("{name}: {n} tokens, worst relative difference {worst:e}");
+}
+
+#[test]
+fn smaller_keys_and_values_stay_near() {
+    for name in ["qwen2", "phi3", "gpt-oss"] {
+        let file = checkpoint(name);
+        let prompt = &golden(name).prompts[3];
+        let exact = {
+            let mut runner = runner(&file, prompt.n_ctx);
+            let mut sequence = Sequence::new(&runner, 0);
+            all_logits(&mut runner, &mut sequence, &prompt.tokens, 512)
+        };
+        for (kv_dtype, tolerance) in [(KvDtype::F16, 0.02), (KvDtype::Q8_0, 0.3)] {
+            let limits = RunnerLimits { max_logit_rows: 512, ..RunnerLimits::new(prompt.n_ctx, 8, kv_dtype) };
+            let mut runner = runner_with(&file, limits);
+            let mut sequence = Sequence::new(&runner, 0);
+            let found = all_logits(&mut runner, &mut sequence, &prompt.tokens, 512);
+            let worst = found.iter().zip(&exact).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            println!("{name}: {kv_dtype:?} keys and values move a logit by up to {worst}");
+            assert!(worst > 0.0 && worst < tolerance, "{name}, {kv_dtype:?}: {worst}");
         }
     }
 }

@@ -11,3 +11,5 @@ mod quantised;
 mod refusals;
 mod accepted;
 mod memory;
+mod adapter;
+mod rope;

@@ -401,7 +401,50 @@ def goldens(out, name, m, lengths):
         f.write("\n")
 
 
-MODELS = {"qwen2": qwen2, "llama2": llama2, "llama31": llama31, "phi3": phi3_window, "phi3-longrope": phi3_longrope,
+def ropes(out):
+    """Rotations at the sizes of real models: frequencies, attention factor, cosines and sines at a few positions."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    def llama(theta, dim, n_ctx, **rope):
+        rope = {"rope_type": "default", "rope_theta": theta, **rope}
+        return LlamaRotaryEmbedding(transformers.LlamaConfig(
+            hidden_size=8 * dim, num_attention_heads=8, max_position_embeddings=n_ctx, rope_parameters=rope))
+
+    yarn = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
+    short = [1.0 + 0.01 * i for i in range(48)]
+    long = [1.0 + 0.02 * i * i for i in range(48)]
+    phi = Phi3RotaryEmbedding(transformers.Phi3Config(
+        hidden_size=3072, num_attention_heads=32, max_position_embeddings=131072, original_max_position_embeddings=4096,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": short, "long_factor": long,
+                         "original_max_position_embeddings": 4096, "partial_rotary_factor": 1.0}))
+    gpt = GptOssRotaryEmbedding(transformers.GptOssConfig(rope_parameters={
+        **yarn, "rope_theta": 150000.0, "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}))
+    cases = {
+        "llama-2": (llama(1e4, 128, 4096), [1, 100, 4095]),
+        "qwen2.5": (llama(1e6, 64, 32768), [1, 100, 32767]),
+        "linear": (llama(1e4, 128, 16384, rope_type="linear", factor=4.0), [1, 100, 16383]),
+        "qwen2.5-yarn": (llama(1e6, 128, 131072, **yarn, factor=4.0, original_max_position_embeddings=32768),
+                         [1, 100, 131071]),
+        "gpt-oss": (gpt, [1, 100, 131071]),
+        "phi-3-short": (phi, [1, 100, 4095]),
+        "phi-3-long": (phi, [1, 100, 131071]),
+    }
+    doc = {}
+    for name, (rope, positions) in cases.items():
+        cos, sin = rope(torch.zeros(1), torch.tensor([positions]))
+        n = rope.inv_freq.shape[0]
+        rows = [cos[0, i, :n].tolist() + sin[0, i, :n].tolist() for i in range(len(positions))]
+        doc[name] = {"frequencies": rope.inv_freq.tolist(), "scale": float(rope.attention_scaling),
+                     "positions": positions, "rows": rows}
+    doc["factors"] = {"short": short, "long": long}
+    with open(f"{out}/rope.json", "w") as f:
+        json.dump(doc, f, separators=(",", ":"))
+        f.write("\n")
+
+
+MODELS = {"rope": ropes, "qwen2": qwen2, "llama2": llama2, "llama31": llama31, "phi3": phi3_window, "phi3-longrope": phi3_longrope,
           "gpt-oss": gpt_oss_f32, "gpt-oss-mxfp4": gpt_oss_mxfp4}
 
 if __name__ == "__main__":
