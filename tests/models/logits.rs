@@ -42,7 +42,8 @@ fn compare(name: &str, prompt: &Prompt, logits: &[f32], n_vocab: usize) {
 
 #[test]
 fn smaller_keys_and_values_stay_near() {
-    for name in ["qwen2", "phi3", "gpt-oss"] {
+    // Not of experts: rounding may move a token to another one, and any distance away.
+    for name in ["qwen2", "llama2", "phi3"] {
         let file = checkpoint(name);
         let prompt = &golden(name).prompts[3];
         let exact = {
