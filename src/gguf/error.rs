@@ -162,7 +162,14 @@ impl fmt::Display for Subject {
 /// Escapes and shortens text that comes from a file, so that a message stays one readable line.
 pub(crate) fn quote(text: &str) -> String {
     const SHOWN_CHARS: usize = 80;
-    let mut out: String = text.chars().take(SHOWN_CHARS).flat_map(char::escape_debug).collect();
+    let mut out = String::new();
+    for c in text.chars().take(SHOWN_CHARS) {
+        match c {
+            // Quotes are harmless and would only be harder to read.
+            '"' | '\'' => out.push(c),
+            c => out.extend(c.escape_debug()),
+        }
+    }
     if text.chars().nth(SHOWN_CHARS).is_some() {
         out.push_str("...");
     }

@@ -170,7 +170,7 @@ pub(super) fn place_data<R: BufRead + Seek>(
         t.offset = start;
     }
     let mut by_start: Vec<&TensorInfo> = tensors.iter().collect();
-    by_start.sort_unstable_by_key(|t| t.offset);
+    by_start.sort_unstable_by_key(|t| (t.offset, t.field_offset));
     for pair in by_start.windows(2) {
         let (a, b) = (pair[0], pair[1]);
         if a.offset + a.n_bytes > b.offset {
