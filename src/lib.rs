@@ -11,6 +11,7 @@
 //! | [`engine`] | paged KV, scheduler, interpreter of model descriptions, sampler | all of the above, `actors` |
 //! | [`text`] | tokenizers, detokenizer, chat templates, stop strings | `gguf` |
 //! | [`basho`] | the embedded model, and the grammar, lexicon and scanner that its training text came from | - |
+//! | [`synth`] | model files with random weights at the true shape | `dtype`, `gguf` |
 //! | [`cli`] | the commands | everyone |
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the life of one request.
@@ -22,4 +23,5 @@ pub mod dtype;
 pub mod engine;
 pub mod gguf;
 pub mod models;
+pub mod synth;
 pub mod text;

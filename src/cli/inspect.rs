@@ -1,4 +1,5 @@
-//! `playhouse inspect FILE`: metadata, tensors, types and bytes of a GGUF file of any architecture.
+//! `playhouse inspect FILE`: metadata, tensors, types and bytes of a GGUF file of any architecture, and for those
+//! that Playhouse runs, the memory that takes.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -7,17 +8,32 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::{CliError, RunCommand};
+use crate::backend::{KvDtype, MemoryUse};
+use crate::engine::{RunnerLimits, vram_usage};
 use crate::gguf::{GgufFile, Value, quote};
+use crate::models::{self, ModelSpec};
 
 /// The arguments of `inspect`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The GGUF file; of a split one, the first part
     file: PathBuf,
+    /// Tokens per sequence to count memory for; at most the model's context [default: 4096, or the model's context]
+    #[arg(long, value_name = "TOKENS")]
+    ctx: Option<usize>,
+    /// Sequences that run at once, to count memory for
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    sequences: u32,
+    /// How keys and values are stored
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = ["f32", "f16", "q8_0"])]
+    kv: String,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
 }
+
+/// Context that is counted where the user names none.
+const DEFAULT_CTX: usize = 4096;
 
 /// Elements of an array that are shown.
 const SHOWN_ELEMS: usize = 8;
@@ -25,8 +41,85 @@ const SHOWN_ELEMS: usize = 8;
 impl RunCommand for Args {
     fn run(self) -> Result<(), CliError> {
         let file = GgufFile::open(&self.file)?;
-        if self.json { super::print_json(&document(&file)) } else { super::print(&report(&file)) }
+        let memory = self.memory(&file)?;
+        if self.json {
+            let mut document = document(&file);
+            document["memory"] = memory.document();
+            super::print_json(&document)
+        } else {
+            super::print(&(report(&file) + &memory.report()))
+        }
     }
+}
+
+/// The memory that running the file takes, or why it cannot be run.
+enum Memory {
+    Runs { n_ctx: usize, n_sequences: usize, kv: KvDtype, used: MemoryUse },
+    Refused(String),
+}
+
+impl Args {
+    fn memory(&self, file: &GgufFile) -> Result<Memory, CliError> {
+        // A file that we cannot run, such as a vocabulary, can still be looked at.
+        let spec = match models::describe(file) {
+            Ok(spec) => spec,
+            Err(e) => return Ok(Memory::Refused(e.to_string())),
+        };
+        let n_ctx = self.n_ctx(&spec)?;
+        let kv = match self.kv.as_str() {
+            "f32" => KvDtype::F32,
+            "q8_0" => KvDtype::Q8_0,
+            _ => KvDtype::F16,
+        };
+        let n_sequences = self.sequences as usize;
+        let used = vram_usage(&spec, &RunnerLimits::new(n_ctx, n_sequences, kv));
+        Ok(Memory::Runs { n_ctx, n_sequences, kv, used })
+    }
+
+    fn n_ctx(&self, spec: &ModelSpec) -> Result<usize, CliError> {
+        let max = spec.n_ctx_train;
+        match self.ctx {
+            None => Ok(DEFAULT_CTX.min(max)),
+            Some(n) if (1..=max).contains(&n) => Ok(n),
+            Some(n) => Err(CliError::usage(format!("--ctx: expected 1 to {max}, the model's context, found {n}"))),
+        }
+    }
+}
+
+impl Memory {
+    fn document(&self) -> serde_json::Value {
+        match self {
+            Self::Refused(why) => json!({"runs": false, "why": why}),
+            Self::Runs { n_ctx, n_sequences, kv, used } => json!({
+                "runs": true, "ctx": n_ctx, "sequences": n_sequences, "kv_type": kv, "weights_bytes": used.weights,
+                "kv_bytes": used.kv, "scratch_bytes": used.scratch, "total_bytes": total(used),
+            }),
+        }
+    }
+
+    fn report(&self) -> String {
+        match self {
+            Self::Refused(why) => format!("\nnot a model that Playhouse runs: {why}\n"),
+            Self::Runs { n_ctx, n_sequences, kv, used } => {
+                let row = |name, bytes: u64| format!("  {name:<8} {bytes:>16} bytes  {:>8.2} GiB\n", gib(bytes));
+                format!(
+                    "\nmemory to run {n_sequences} x {n_ctx} tokens, keys and values as {kv:?}:\n{}{}{}{}",
+                    row("weights", used.weights),
+                    row("kv", used.kv),
+                    row("scratch", used.scratch),
+                    row("total", total(used))
+                )
+            }
+        }
+    }
+}
+
+fn total(used: &MemoryUse) -> u64 {
+    used.weights + used.kv + used.scratch
+}
+
+fn gib(n_bytes: u64) -> f64 {
+    n_bytes as f64 / f64::from(1 << 30)
 }
 
 /// Tensors and bytes of one type.

@@ -7,6 +7,7 @@
 mod error;
 mod inspect;
 mod tokenize;
+mod synth;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -44,6 +45,8 @@ commands! {
     Inspect => inspect,
     /// Show the tokens of a text; works on vocabulary-only files of any architecture
     Tokenize => tokenize,
+    /// Write a model file with random weights at the true shape of a real model
+    Synth => synth,
 }
 
 /// Runs language models from GGUF files. The same request with the same seed gives the same bytes.

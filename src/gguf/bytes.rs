@@ -89,7 +89,7 @@ impl Backing {
         // after mapping with those at parsing, nothing but tensor data is read through the map (a changed weight
         // is a wrong number, not a wrong length or offset), and only a process that runs a model ever maps, which
         // its supervisor restarts.
-        let map = unsafe { memmap2::MmapOptions::new().map(file)? };
+        let map = unsafe { memmap2::MmapOptions::new().map_copy_read_only(file)? };
         Ok(Self::Map(Mapped { map, path: path.to_owned() }))
     }
 }
