@@ -1,17 +1,23 @@
 //! The same request gives the same tokens and bit-equal log probabilities, whatever else the engine does.
 //!
-//! Each test asks one question of every model at hand: first a fake whose text depends on every KV slot it reads.
+//! Each test asks one question of every model at hand: a fake whose text depends on every KV slot it reads, and the tiny
+//! checkpoints of every architecture.
 
 mod engine_support;
 
 use engine_support::{FakeModel, Told, drain, request};
-use playhouse::engine::{EngineOptions, LlmEngine, StepCapacity, StepModel};
+use playhouse::backend::KvDtype;
+use playhouse::backend::cpu::CpuBackend;
+use playhouse::engine::{EngineOptions, LlmEngine, Runner, RunnerLimits, StepCapacity, StepModel};
+use playhouse::gguf::GgufFile;
+use playhouse::models::describe;
 use playhouse_actors::engine::{Engine, EngineRequest, RequestId, SamplingParams};
+use std::path::{Path, PathBuf};
 
 /// Bits of one request's output.
 type Bits = Vec<(u32, u32, Vec<(u32, u32)>)>;
 
-const MAX_TOKENS: u32 = 40;
+const MAX_TOKENS: u32 = 28;
 
 /// A model that tests can load as often as they like.
 struct Subject {
@@ -26,19 +32,50 @@ fn subjects() -> Vec<Subject> {
         n_vocab: 97,
         load: Box::new(|capacity| Box::new(FakeModel::new(capacity)) as Box<dyn StepModel>),
     };
-    vec![fake]
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models");
+    let mut files: Vec<PathBuf> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "gguf"));
+    files.sort();
+    let subjects: Vec<Subject> = std::iter::once(fake).chain(files.iter().map(|file| checkpoint(file))).collect();
+    for architecture in ["qwen2", "phi3", "gpt-oss", "llama"] {
+        assert!(subjects.iter().any(|subject| subject.name.starts_with(architecture)), "no {architecture} checkpoint");
+    }
+    subjects
+}
+
+/// A tiny checkpoint with random weights, on the CPU.
+fn checkpoint(path: &Path) -> Subject {
+    let file = GgufFile::open(path).unwrap();
+    let n_vocab = u32::try_from(describe(&file).unwrap().n_vocab).unwrap();
+    let load = move |capacity: StepCapacity| {
+        let limits = RunnerLimits {
+            n_ctx: 256,
+            max_batch_tokens: capacity.max_batch_tokens,
+            max_logit_rows: capacity.max_logit_rows,
+            n_kv_blocks: capacity.n_kv_blocks,
+            kv_dtype: KvDtype::F32,
+        };
+        let backend = CpuBackend::with_threads(1);
+        Box::new(Runner::load(&file, backend, limits, &mut |_| {}).unwrap()) as Box<dyn StepModel>
+    };
+    Subject { name: path.file_stem().unwrap().to_str().unwrap().into(), n_vocab, load: Box::new(load) }
 }
 
 impl Subject {
     fn engine(&self, n_kv_blocks: usize, options: EngineOptions) -> LlmEngine<Box<dyn StepModel>> {
-        let capacity = StepCapacity { n_kv_blocks, max_batch_tokens: 512, max_logit_rows: 40 };
+        let capacity = StepCapacity { n_kv_blocks, max_batch_tokens: 512, max_logit_rows: 48 };
         LlmEngine::new((self.load)(capacity), options)
     }
 
     /// Lengths at and around block edges, and one that fills several chunks.
     fn prompts(&self) -> Vec<Vec<u32>> {
         let prompt = |salt: u32, len: u32| (0..len).map(|i| (i * i + salt * 31 + i * salt) % self.n_vocab).collect();
-        [(1, 1), (2, 31), (3, 32), (4, 65), (5, 100)].map(|(salt, len)| prompt(salt, len)).to_vec()
+        [(1, 1), (2, 31), (3, 32), (4, 65), (5, 110)].map(|(salt, len)| prompt(salt, len)).to_vec()
+    }
+
+    /// Prefill chunks to try. Single tokens are for the fake, which is a thousand times as fast.
+    fn chunks(&self) -> &'static [usize] {
+        if self.name == "fake" { &[1, 7, 16, 33, 512] } else { &[16, 33, 512] }
     }
 
     fn alone(&self, request: EngineRequest, options: EngineOptions) -> Bits {
@@ -109,7 +146,7 @@ fn ten_runs_are_identical() {
 fn prefill_chunks_change_nothing() {
     for subject in subjects() {
         for (request, expected) in subject.baseline() {
-            for prefill_chunk in [1, 7, 16, 33, 512] {
+            for &prefill_chunk in subject.chunks() {
                 let options = EngineOptions { prefill_chunk, ..EngineOptions::default() };
                 let found = subject.alone(request.clone(), options);
                 assert_eq!(found, expected, "{} chunk {prefill_chunk} {:?}", subject.name, request.id);
@@ -139,15 +176,18 @@ fn the_prefix_cache_changes_nothing() {
 #[test]
 fn thirty_two_strangers_change_nothing() {
     for subject in subjects() {
+        let baseline = subject.baseline();
         for prefill_chunk in [16, 512] {
-            for (request, expected) in subject.baseline() {
-                let mut engine = subject.engine(256, EngineOptions { prefill_chunk, ..EngineOptions::default() });
-                let mut requests = strangers(&subject, 32);
-                requests.insert(16, request.clone());
-                requests.into_iter().for_each(|request| engine.submit(request).unwrap());
-                let told = drain(&mut engine);
-                assert_eq!(told.len(), 33);
-                assert_eq!(told[&request.id].bits(), expected, "{} {:?}", subject.name, request.id);
+            let mut engine = subject.engine(256, EngineOptions { prefill_chunk, ..EngineOptions::default() });
+            let mut requests = strangers(&subject, 32);
+            for (i, (request, _)) in baseline.iter().enumerate() {
+                requests.insert(4 + 7 * i, request.clone());
+            }
+            requests.into_iter().for_each(|request| engine.submit(request).unwrap());
+            let told = drain(&mut engine);
+            assert_eq!(told.len(), 37);
+            for (request, expected) in &baseline {
+                assert_eq!(&told[&request.id].bits(), expected, "{} {:?}", subject.name, request.id);
             }
         }
     }
@@ -158,9 +198,11 @@ fn preemption_changes_nothing() {
     for subject in subjects() {
         for prefix_cache in [false, true] {
             let baseline = subject.baseline();
-            // The five need 19 blocks at their longest; 8 are enough for the longest alone.
+            // Eight blocks are enough for any of them alone, and for few of them together.
             let mut engine = subject.engine(8, EngineOptions { prefix_cache, ..EngineOptions::default() });
-            baseline.iter().for_each(|(request, _)| engine.submit(request.clone()).unwrap());
+            let requests =
+                strangers(&subject, 12).into_iter().chain(baseline.iter().map(|(request, _)| request.clone()));
+            requests.for_each(|request| engine.submit(request).unwrap());
             let told = drain(&mut engine);
             assert!(engine.stats().preemptions > 0, "{}: nothing was preempted", subject.name);
             for (request, expected) in &baseline {
@@ -174,14 +216,17 @@ fn preemption_changes_nothing() {
 fn resuming_anywhere_changes_nothing() {
     for subject in subjects() {
         for (request, expected) in subject.baseline() {
-            let mut engine = subject.engine(64, EngineOptions { prefill_chunk: 16, ..EngineOptions::default() });
+            let mut engine = subject.engine(256, EngineOptions { prefill_chunk: 16, ..EngineOptions::default() });
+            // The id of each says where it goes on: all at once, in one batch.
             for n_emitted in 0..expected.len() {
                 let emitted = expected[..n_emitted].iter().map(|token| token.0).collect();
-                engine.submit(EngineRequest { emitted, ..request.clone() }).unwrap();
-                let told = drain(&mut engine).remove(&request.id).unwrap();
-                let place = format!("{} {:?} resumed at {n_emitted}", subject.name, request.id);
-                assert_eq!(told.first_index, Some(n_emitted as u32), "{place}");
-                assert_eq!(told.bits(), expected[n_emitted..], "{place}");
+                let id = RequestId(n_emitted as u64);
+                engine.submit(EngineRequest { id, emitted, ..request.clone() }).unwrap();
+            }
+            for (id, told) in drain(&mut engine) {
+                let place = format!("{} {:?} resumed at {id:?}", subject.name, request.id);
+                assert_eq!(told.first_index.map(u64::from), Some(id.0), "{place}");
+                assert_eq!(told.bits(), expected[id.0 as usize..], "{place}");
             }
         }
     }

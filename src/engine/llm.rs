@@ -41,7 +41,6 @@ pub struct LlmEngine<M: StepModel> {
     batch: Batch,
     logits: Vec<f32>,
     counters: Counters,
-    clock: fn() -> Instant,
 }
 
 #[derive(Debug, Default)]
@@ -75,7 +74,6 @@ impl<M: StepModel> LlmEngine<M> {
             batch: Batch::default(),
             logits: Vec::new(),
             counters: Counters::default(),
-            clock: Instant::now,
         }
     }
 
@@ -178,7 +176,7 @@ impl<M: StepModel> Engine for LlmEngine<M> {
     }
 
     fn step(&mut self, events: &mut Vec<EngineEvent>) -> Result<StepReport, EngineError> {
-        let plan = self.scheduler.plan((self.clock)());
+        let plan = self.scheduler.plan(Instant::now());
         self.counters.preemptions += u64::from(plan.n_preempted);
         self.report_ended(&plan.ended, events);
         if plan.work.is_empty() {
