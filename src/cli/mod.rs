@@ -5,6 +5,11 @@
 //! stderr through [`note`].
 
 mod error;
+mod load;
+mod sampling;
+mod generate;
+mod run;
+mod chat;
 mod inspect;
 mod tokenize;
 mod synth;
@@ -41,6 +46,8 @@ macro_rules! commands {
 }
 
 commands! {
+    /// Write text that goes on from a prompt, or hold a conversation
+    Run => run,
     /// Show what is in a GGUF file: metadata, tensors, types, bytes, and the memory it takes to run
     Inspect => inspect,
     /// Show the tokens of a text; works on vocabulary-only files of any architecture

@@ -1,0 +1,195 @@
+//! From the flags that name a model to a model that can run: what `run`, `bench` and `perplexity` share.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use playhouse_actors::engine::{LoadPhase, LoadProgress};
+
+use super::{CliError, Exit};
+use crate::backend::cpu::CpuBackend;
+use crate::backend::{BackendError, KvDtype};
+use crate::basho;
+use crate::engine::{LoadError, Runner, RunnerLimits};
+use crate::gguf::GgufFile;
+use crate::models::{ModelSpec, describe};
+use crate::text::{ChatTemplate, Tokenizer};
+
+/// The flags that say which model runs where.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct ModelArgs {
+    /// The GGUF file; of a split one, the first part [default: basho, the embedded model]
+    #[arg(long, short, value_name = "FILE")]
+    pub(crate) model: Option<PathBuf>,
+    /// Where to run: `cpu`, or `auto` for the best there is
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub(crate) device: String,
+    /// Most tokens of prompt and answer together [default: what the model was made for, at most 4096]
+    #[arg(long, short, visible_alias = "ctx-size", value_name = "TOKENS")]
+    pub(crate) ctx: Option<usize>,
+    /// Threads on the CPU [default: one per core]. The text does not depend on it
+    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) threads: Option<u16>,
+    /// A Hugging Face `tokenizer.json` to use instead of the file's vocabulary
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tokenizer: Option<PathBuf>,
+}
+
+/// A model that is ready to run, with its way from text to tokens and back.
+pub(crate) struct LoadedModel {
+    /// The file, for its metadata.
+    pub(crate) file: GgufFile,
+    /// The vocabulary.
+    pub(crate) tokenizer: Tokenizer,
+    /// How a conversation becomes a prompt; base models have none.
+    pub(crate) template: Option<ChatTemplate>,
+    /// The resident model.
+    pub(crate) runner: Runner<CpuBackend>,
+    /// How long it took.
+    pub(crate) load_time: Duration,
+}
+
+/// Room for `n_sequences` sequences at once. Memory is taken for four of full length at most: choices share their prompt, and
+/// where blocks run out the youngest waits for the others.
+pub(crate) fn limits_for(n_ctx: usize, n_sequences: usize) -> RunnerLimits {
+    let limits = RunnerLimits::new(n_ctx, n_sequences, KvDtype::F32);
+    RunnerLimits { n_kv_blocks: RunnerLimits::new(n_ctx, n_sequences.min(4), KvDtype::F32).n_kv_blocks, ..limits }
+}
+
+/// The context where neither the user nor the model asks for less: more costs memory whether it is used or not.
+const DEFAULT_CTX: usize = 4096;
+
+impl ModelArgs {
+    /// Opens the file, or the embedded one.
+    ///
+    /// # Errors
+    /// The file cannot be read or is damaged.
+    pub(crate) fn open(&self) -> Result<GgufFile, CliError> {
+        match &self.model {
+            Some(path) => Ok(GgufFile::open(path)?),
+            None => Ok(GgufFile::from_static(basho::LABEL, basho::GGUF)?),
+        }
+    }
+
+    /// The tokenizer of an open file, or the one that the flags name.
+    ///
+    /// # Errors
+    /// It is missing, damaged, or of an unknown kind.
+    pub(crate) fn tokenizer(&self, file: &GgufFile) -> Result<Tokenizer, CliError> {
+        Ok(match &self.tokenizer {
+            Some(path) => Tokenizer::from_json_file(path)?,
+            None => Tokenizer::from_gguf(file)?,
+        })
+    }
+
+    /// Loads the model, with a bar on stderr if that is a terminal. `limits` gets the context and says what else the
+    /// model must be able to take; all of it is allocated here.
+    ///
+    /// # Errors
+    /// With the exit code that the cause deserves: 2, 65, 66, 69 or 75.
+    pub(crate) fn load(&self, limits: impl FnOnce(usize) -> RunnerLimits) -> Result<LoadedModel, CliError> {
+        let start = Instant::now();
+        let backend = self.backend()?;
+        let file = self.open()?;
+        let spec = describe(&file).map_err(LoadError::from)?;
+        let tokenizer = self.tokenizer(&file)?;
+        check_vocabulary(&file, &tokenizer, &spec)?;
+        let template = ChatTemplate::from_gguf(&file, &tokenizer).map_err(|e| CliError::new(Exit::BadModel, e))?;
+        let limits = limits(self.n_ctx(&spec)?);
+        let bar = Bar::new();
+        let runner = Runner::load(&file, backend, limits, &mut |progress| bar.show(&progress))?;
+        bar.clear();
+        Ok(LoadedModel { file, tokenizer, template, runner, load_time: start.elapsed() })
+    }
+
+    fn n_ctx(&self, spec: &ModelSpec) -> Result<usize, CliError> {
+        match self.ctx {
+            None => Ok(spec.n_ctx_train.min(DEFAULT_CTX)),
+            Some(n_ctx) if 0 < n_ctx && n_ctx <= spec.n_ctx_train => Ok(n_ctx),
+            Some(n_ctx) => Err(CliError::usage(format!(
+                "--ctx is {n_ctx}, expected 1 to {}, the context the model was made for",
+                spec.n_ctx_train
+            ))),
+        }
+    }
+
+    fn backend(&self) -> Result<CpuBackend, CliError> {
+        match self.device.as_str() {
+            "cpu" | "auto" => {}
+            device => return Err(CliError::new(Exit::NoDevice, NoGpu { device: device.to_owned() })),
+        }
+        Ok(self.threads.map_or_else(CpuBackend::new, |n_threads| CpuBackend::with_threads(n_threads.into())))
+    }
+}
+
+/// A GPU was asked for by name and there is none to give.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "no usable GPU for --device {device}: this build of playhouse has no GPU backend; expected `cpu` or `auto`, \
+     which run the model on the CPU"
+)]
+struct NoGpu {
+    device: String,
+}
+
+fn check_vocabulary(file: &GgufFile, tokenizer: &Tokenizer, spec: &ModelSpec) -> Result<(), CliError> {
+    if tokenizer.n_vocab() <= spec.n_vocab {
+        return Ok(());
+    }
+    let message = format!(
+        "{}: the tokenizer has {} tokens, the model's vocabulary only {}; they do not belong together",
+        file.label(),
+        tokenizer.n_vocab(),
+        spec.n_vocab
+    );
+    Err(CliError::new(Exit::BadModel, message))
+}
+
+/// A progress bar on stderr; nothing where stderr is no terminal.
+struct Bar(ProgressBar);
+
+impl Bar {
+    fn new() -> Self {
+        // indicatif draws on stderr, and only if it is a terminal.
+        let bar = ProgressBar::new(0);
+        let style = ProgressStyle::with_template("{msg:9} {bar:40} {bytes}/{total_bytes} {bytes_per_sec}");
+        bar.set_style(style.expect("the template is a constant"));
+        Self(bar)
+    }
+
+    fn show(&self, progress: &LoadProgress) {
+        self.0.set_message(match progress.phase {
+            LoadPhase::Open => "opening",
+            LoadPhase::Weights => "loading",
+            LoadPhase::Allocate => "allocating",
+            LoadPhase::WarmUp => "warming up",
+            LoadPhase::Ready => "ready",
+        });
+        self.0.set_length(progress.bytes_total);
+        self.0.set_position(progress.bytes_done);
+    }
+
+    fn clear(&self) {
+        self.0.finish_and_clear();
+    }
+}
+
+impl From<LoadError> for CliError {
+    fn from(error: LoadError) -> Self {
+        let exit = match &error {
+            LoadError::Model(_) => Exit::BadModel,
+            LoadError::Backend(error) => backend_exit(error),
+            LoadError::Limit { .. } => Exit::Usage,
+        };
+        Self::new(exit, error)
+    }
+}
+
+/// The exit code of a backend's error.
+pub(crate) fn backend_exit(error: &BackendError) -> Exit {
+    match error {
+        BackendError::OutOfMemory { .. } => Exit::Transient,
+        BackendError::Unsupported { .. } => Exit::BadModel,
+        BackendError::Device { .. } => Exit::NoDevice,
+    }
+}
