@@ -1,11 +1,10 @@
 //! The CPU backend's ops at true shapes, in bytes of weights and in multiply-adds per second.
 //!
-//! One token is bound by reading the weights: compare with `memory_read` at the end. Many tokens are bound by
-//! arithmetic. `cargo bench --bench kernels`; a part of a name as argument picks benches.
+//! One token is bound by reading the weights: compare with the first line. Many tokens are bound by arithmetic. `cargo bench --bench kernels`; a part of a name as argument picks benches.
 
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
-use playhouse::backend::cpu::{CpuBackend, CpuTensor, CpuWeight, measure_read_bandwidth};
+use playhouse::backend::cpu::{CpuBackend, CpuTensor, CpuWeight, measure_multiply_adds, measure_read_bandwidth};
 use playhouse::backend::{
     AttentionOp, BLOCK_TOKENS, Backend, Batch, HeadDims, KvDtype, KvLayout, Linear, SeqSpan, WeightSource,
 };
@@ -15,10 +14,11 @@ use playhouse::gguf::TensorBytes;
 fn main() {
     let cpu = CpuBackend::new();
     println!(
-        "{} threads, {}, memory read {:.1} GB/s",
+        "{} threads, {}: {:.1} GB/s read from memory, {:.1} G multiply-adds/s",
         cpu.n_threads(),
         cpu.instruction_set(),
-        measure_read_bandwidth(cpu.n_threads()) / 1e9
+        measure_read_bandwidth(cpu.n_threads()) / 1e9,
+        measure_multiply_adds(cpu.n_threads()) / 1e9
     );
     divan::main();
 }

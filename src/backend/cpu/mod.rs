@@ -11,7 +11,7 @@
 //! | `unpack.rs` | the sixteen formats, decoded in registers |
 //! | `pool.rs` | threads that share the tasks of one op |
 //! | `weight.rs`, `kv.rs` | what is resident |
-//! | `bandwidth.rs` | the limit of decoding, measured |
+//! | `limits.rs` | the machine's limits, measured |
 //! | `embed.rs` `norm.rs` `matmul.rs` `qkv.rs` `rope.rs` `attention.rs` `gated.rs` `moe.rs` `head.rs` | one op each |
 
 mod lanes;
@@ -29,11 +29,11 @@ mod attention;
 mod gated;
 mod moe;
 mod head;
-mod bandwidth;
+mod limits;
 #[cfg(test)]
 mod tests;
 
-pub use bandwidth::measure_read_bandwidth;
+pub use limits::{measure_multiply_adds, measure_read_bandwidth};
 pub use weight::CpuWeight;
 
 use super::{
