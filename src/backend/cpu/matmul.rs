@@ -1,8 +1,8 @@
 //! Encoded rows times f32 columns.
 //!
 //! `out[row][col] = sum_k decode(row)[k] * col[k]`, each in the order of [`super::lanes`], whatever the number of
-//! rows and columns that are computed together. One column is multiplied as it is decoded, in registers, four rows at
-//! a time so that the additions of one row hide behind those of the others. For more columns, [`PANEL_ROWS`] rows are
+//! rows and columns that are computed together. A few columns are multiplied as the row is decoded, in registers, four
+//! rows at a time so that the additions of one row hide behind those of the others. For more columns, [`PANEL_ROWS`] rows are
 //! decoded once into an f32 panel that stays in the L2 cache while the columns pass over it four at a time.
 
 use super::lanes::{Lanes, chunks, dispatch, padded};
@@ -139,10 +139,8 @@ pub(crate) fn rows(
     assert!(first_row + n_rows <= mat.n_rows, "rows {first_row}+{n_rows} of {}", mat.n_rows);
     assert_eq!(out.len(), n_rows * cols.len(), "matmul: output is rows x columns");
     assert!(cols.iter().all(|c| c.len() == mat.n_cols), "matmul: columns are {} long", mat.n_cols);
-    if let [col] = cols
-        && mat.dtype.row_bytes(mat.n_cols) == Some(mat.row_bytes)
-    {
-        return one_column(isa, mat, first_row, col, out);
+    if cols.len() <= most_fused_columns(isa) && mat.dtype.row_bytes(mat.n_cols) == Some(mat.row_bytes) {
+        return fused(isa, mat, first_row, cols, out);
     }
     if let Some(all) = mat.f32s() {
         // Nothing to decode.
@@ -210,62 +208,110 @@ fn padded_block<F: Format>(rest: &[u8]) -> F::Block {
     block
 }
 
+/// Columns for which decoding in registers, again for every four of them, beats a panel.
+fn most_fused_columns(isa: Isa) -> usize {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512(_) => 8,
+        _ => 1,
+    }
+}
+
 dispatch!(
-    /// As many rows as `out` is long, from `first_row` on, times one column.
-    fn one_column(mat: &Mat<'_>, first_row: usize, col: &[f32], out: &mut [f32]) = one_column_lanes
+    /// Encoded rows from `first_row` on times a few columns; `out` `[rows][cols]`.
+    fn fused(mat: &Mat<'_>, first_row: usize, cols: &[&[f32]], out: &mut [f32]) = fused_lanes
 );
 
 #[inline(always)]
-fn one_column_lanes<S: Lanes>(s: S, mat: &Mat<'_>, first_row: usize, col: &[f32], out: &mut [f32]) {
-    with_format!(mat.dtype, F => one_column_format::<S, F>(s, mat, first_row, col, out));
+fn fused_lanes<S: Lanes>(s: S, mat: &Mat<'_>, first_row: usize, cols: &[&[f32]], out: &mut [f32]) {
+    with_format!(mat.dtype, F => fused_format::<S, F>(s, mat, first_row, cols, out));
 }
 
 #[inline(always)]
-fn one_column_format<S: Lanes, F: Format>(s: S, mat: &Mat<'_>, first_row: usize, col: &[f32], out: &mut [f32]) {
-    let (quads, singles) = out.as_chunks_mut::<4>();
-    let n_quad_rows = 4 * quads.len();
-    for (i, quad) in quads.iter_mut().enumerate() {
-        let first = first_row + 4 * i;
-        *quad = dot_rows::<S, F, 4>(s, [0, 1, 2, 3].map(|r| mat.row(first + r)), col);
-    }
-    for (i, single) in singles.iter_mut().enumerate() {
-        [*single] = dot_rows::<S, F, 1>(s, [mat.row(first_row + n_quad_rows + i)], col);
+fn fused_format<S: Lanes, F: Format>(s: S, mat: &Mat<'_>, first_row: usize, cols: &[&[f32]], out: &mut [f32]) {
+    let n_rows = out.len() / cols.len();
+    let last = cols.len() - 1;
+    for r in (0..n_rows).step_by(4) {
+        // Four rows at a time: the last ones are computed again where there are fewer, which costs little and saves
+        // a copy of the code for each format.
+        let row = |i: usize| mat.row(first_row + (r + i).min(n_rows - 1));
+        let rows = [row(0), row(1), row(2), row(3)];
+        let n = (n_rows - r).min(4);
+        if S::TILE_COLS == 4 && cols.len() > 1 {
+            for c in (0..cols.len()).step_by(4) {
+                let col = |i: usize| cols[(c + i).min(last)];
+                let tile = dot_rows::<S, F, 4, 4>(s, rows, [col(0), col(1), col(2), col(3)]);
+                let width = (cols.len() - c).min(4);
+                for (i, row) in tile[..n].iter().enumerate() {
+                    out[(r + i) * cols.len() + c..][..width].copy_from_slice(&row[..width]);
+                }
+            }
+        } else {
+            for (c, col) in cols.iter().enumerate() {
+                let tile = dot_rows::<S, F, 4, 1>(s, rows, [col]);
+                for (i, [value]) in tile[..n].iter().enumerate() {
+                    out[(r + i) * cols.len() + c] = *value;
+                }
+            }
+        }
     }
 }
 
-/// `R` encoded rows times one column, decoded in registers.
+/// `R` encoded rows times `C` columns, decoded in registers.
 #[inline(always)]
-fn dot_rows<S: Lanes, F: Format, const R: usize>(s: S, rows: [&[u8]; R], col: &[f32]) -> [f32; R] {
-    let (units, tail) = col.as_chunks::<32>();
+fn dot_rows<S: Lanes, F: Format, const R: usize, const C: usize>(
+    s: S,
+    rows: [&[u8]; R],
+    cols: [&[f32]; C],
+) -> [[f32; C]; R] {
+    let n_units = cols[0].len() / 32;
     let mut blocks = [&[][..]; R];
     for r in 0..R {
-        blocks[r] = &whole_blocks::<F>(rows[r]).0[..units.len() / F::UNITS];
+        blocks[r] = &whole_blocks::<F>(rows[r]).0[..n_units / F::UNITS];
     }
-    let mut acc = [s.splat(0.0); R];
-    for (b, xs) in units.chunks_exact(F::UNITS).enumerate() {
-        for (u, x) in xs.iter().enumerate() {
-            let (x, _) = x.as_chunks::<16>();
-            let (x0, x1) = (s.load(&x[0]), s.load(&x[1]));
+    let (mut units, mut tails) = ([&[][..]; C], [&[][..]; C]);
+    for c in 0..C {
+        let (all, tail) = cols[c].as_chunks::<32>();
+        (units[c], tails[c]) = (&all[..n_units], tail);
+    }
+    let mut acc = [[s.splat(0.0); C]; R];
+    for b in 0..n_units / F::UNITS {
+        for u in 0..F::UNITS {
+            let mut x = [[s.splat(0.0); 2]; C];
+            for c in 0..C {
+                let (halves, _) = units[c][b * F::UNITS + u].as_chunks::<16>();
+                x[c] = [s.load(&halves[0]), s.load(&halves[1])];
+            }
             for r in 0..R {
                 let [w0, w1] = F::unit(s, &blocks[r][b], u);
-                acc[r] = s.mul_then_add(acc[r], w0, x0);
-                acc[r] = s.mul_then_add(acc[r], w1, x1);
+                for c in 0..C {
+                    acc[r][c] = s.mul_then_add(acc[r][c], w0, x[c][0]);
+                    acc[r][c] = s.mul_then_add(acc[r][c], w1, x[c][1]);
+                }
             }
         }
     }
-    let mut out = [0.0; R];
+    let mut out = [[0.0; C]; R];
     for r in 0..R {
-        if !tail.is_empty() {
-            let [w0, w1] = F::unit(s, &padded_block::<F>(whole_blocks::<F>(rows[r]).1), 0);
-            let (first, second) = tail.split_at(tail.len().min(16));
-            acc[r] = s.mul_then_add(acc[r], w0, s.load(&padded(first)));
-            if !second.is_empty() {
-                acc[r] = s.mul_then_add(acc[r], w1, s.load(&padded(second)));
+        if !tails[0].is_empty() {
+            let w = F::unit(s, &padded_block::<F>(whole_blocks::<F>(rows[r]).1), 0);
+            for c in 0..C {
+                acc[r][c] = add_tail(s, acc[r][c], w, tails[c]);
             }
         }
-        out[r] = s.reduce(acc[r]);
+        for c in 0..C {
+            out[r][c] = s.reduce(acc[r][c]);
+        }
     }
     out
+}
+
+/// The elements of a row beyond its last whole unit of 32.
+#[inline(always)]
+fn add_tail<S: Lanes>(s: S, acc: S::F, [w0, w1]: [S::F; 2], tail: &[f32]) -> S::F {
+    let (first, second) = tail.split_at(tail.len().min(16));
+    let acc = s.mul_then_add(acc, w0, s.load(&padded(first)));
+    if second.is_empty() { acc } else { s.mul_then_add(acc, w1, s.load(&padded(second))) }
 }
 
 dispatch!(
