@@ -11,9 +11,9 @@ use super::load::ModelArgs;
 use super::{CliError, Exit, RunCommand};
 use crate::backend::cpu::{measure_multiply_adds, measure_read_bandwidth};
 use crate::backend::{BLOCK_TOKENS, Batch, KvDtype, KvLayout, SeqSpan};
-use crate::engine::{RunnerLimits, StepModel, kv_blocks, kv_layout};
+use crate::engine::{LoadError, RunnerLimits, StepModel, kv_blocks, kv_layout};
 use crate::gguf::GgufFile;
-use crate::models::ModelSpec;
+use crate::models::{ModelSpec, describe};
 use crate::models::spec::{Ffn, Linear, TensorRule};
 
 /// The arguments of `bench`.
@@ -21,8 +21,8 @@ use crate::models::spec::{Ffn, Linear, TensorRule};
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// Prompt lengths to prefill
-    #[arg(long, short, value_name = "TOKENS", value_delimiter = ',', default_values_t = [32, 128, 512])]
+    /// Prompt lengths to prefill [default: those of 32, 128 and 512 that the model's context takes]
+    #[arg(long, short, value_name = "TOKENS", value_delimiter = ',')]
     prompt: Vec<usize>,
     /// Numbers of sequences to decode side by side
     #[arg(long, short, value_name = "SEQUENCES", value_delimiter = ',', default_values_t = [1, 4, 16])]
@@ -41,12 +41,15 @@ pub(crate) struct Args {
     json: bool,
 }
 
+/// Prompt lengths unless the user asks for others.
+const PROMPTS: [usize; 3] = [32, 128, 512];
 /// Most tokens in a step.
 const CHUNK: usize = 512;
 
 impl RunCommand for Args {
     fn run(self) -> Result<(), CliError> {
-        let tests = self.tests()?;
+        let n_ctx_train = describe(&self.model.open()?).map_err(LoadError::from)?.n_ctx_train;
+        let tests = self.tests(n_ctx_train)?;
         let n_ctx = tests.iter().map(|t| t.start() + t.n_tokens()).max().unwrap_or(1);
         let n_sequences = tests.iter().map(Test::n_sequences).max().unwrap_or(1);
         let limits = RunnerLimits {
@@ -83,7 +86,7 @@ impl RunCommand for Args {
 }
 
 impl Args {
-    fn tests(&self) -> Result<Vec<Test>, CliError> {
+    fn tests(&self, n_ctx_train: usize) -> Result<Vec<Test>, CliError> {
         let zero = |flag: &str| CliError::usage(format!("{flag} is 0, expected at least 1"));
         if self.runs == 0 {
             return Err(zero("--runs"));
@@ -97,7 +100,9 @@ impl Args {
         if self.batch.contains(&0) {
             return Err(zero("--batch"));
         }
-        let prefill = self.prompt.iter().map(|n| Test::Prefill { n_tokens: *n });
+        let fitting = || PROMPTS.into_iter().filter(|n| *n <= n_ctx_train).collect();
+        let prompts = if self.prompt.is_empty() { fitting() } else { self.prompt.clone() };
+        let prefill = prompts.into_iter().map(|n_tokens| Test::Prefill { n_tokens });
         let (n_tokens, depth) = (self.decode, self.depth);
         let decode = self.batch.iter().map(|n| Test::Decode { n_sequences: *n, n_tokens, depth });
         Ok(prefill.chain(decode).collect())
@@ -159,12 +164,10 @@ impl Test {
 /// Seconds of each run, after one that is not counted.
 fn measure(model: &mut impl StepModel, test: &Test, runs: usize) -> Result<Vec<f64>, CliError> {
     let mut logits = Vec::new();
-    let mut run = |model: &mut _, batch: &Batch| -> Result<(), CliError> {
-        StepModel::run(model, batch, &mut logits).map_err(|e| CliError::new(Exit::Transient, e))
-    };
     for at in (0..test.start()).step_by(CHUNK) {
         for seq in 0..test.n_sequences() {
-            run(model, &batch(model, seq..seq + 1, at, CHUNK.min(test.start() - at), false))?;
+            let batch = batch(model, seq..seq + 1, at, CHUNK.min(test.start() - at), false);
+            step(model, &batch, &mut logits)?;
         }
     }
     let mut seconds = Vec::new();
@@ -172,13 +175,18 @@ fn measure(model: &mut impl StepModel, test: &Test, runs: usize) -> Result<Vec<f
         let start = Instant::now();
         for (at, n) in test.steps() {
             let wants_logits = at + n == test.start() + test.n_tokens() || matches!(test, Test::Decode { .. });
-            run(model, &batch(model, 0..test.n_sequences(), at, n, wants_logits))?;
+            let batch = batch(model, 0..test.n_sequences(), at, n, wants_logits);
+            step(model, &batch, &mut logits)?;
         }
         if i > 0 {
             seconds.push(start.elapsed().as_secs_f64());
         }
     }
     Ok(seconds)
+}
+
+fn step(model: &mut impl StepModel, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), CliError> {
+    model.run(batch, logits).map_err(|e| CliError::new(Exit::Transient, e))
 }
 
 /// Tokens `at .. at + n` of some sequences, each in blocks of its own; ids that differ from token to token.

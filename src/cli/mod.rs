@@ -10,6 +10,8 @@ mod sampling;
 mod generate;
 mod run;
 mod chat;
+mod bench;
+mod perplexity;
 mod inspect;
 mod tokenize;
 mod synth;
@@ -54,6 +56,10 @@ commands! {
     Tokenize => tokenize,
     /// Write a model file with random weights at the true shape of a real model
     Synth => synth,
+    /// Measure prefill and decode beside what the machine's memory and arithmetic allow
+    Bench => bench,
+    /// Measure how well a model predicts a text
+    Perplexity => perplexity,
 }
 
 /// Runs language models from GGUF files. The same request with the same seed gives the same bytes.
