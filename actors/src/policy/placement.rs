@@ -60,8 +60,8 @@ pub struct Wanted {
     pub kv_budget_bytes: Option<u64>,
     /// What a replica needs on a GPU.
     pub demand: Demand,
-    /// Where it runs now: it stays there if it can.
-    pub current: Vec<DeviceId>,
+    /// Where it runs now, with so many bytes for KV: it stays there, with those, if all others find room, too.
+    pub current: Vec<(DeviceId, u64)>,
 }
 
 /// The plan: every card, with what goes on it.
@@ -197,6 +197,17 @@ fn does_not_fit(
 /// # Errors
 /// [`PlacementError`] for the first model that has no place.
 pub fn place(wanted: &[Wanted], cards: &[Card], cpu: &Card) -> Result<Plan, PlacementError> {
+    let kept = place_once(wanted, cards, cpu);
+    if kept.is_ok() || wanted.iter().all(|model| model.current.is_empty()) {
+        return kept;
+    }
+    // Room is made: what runs may get less memory for KV than it has, and move.
+    let mut movable = wanted.to_vec();
+    movable.iter_mut().for_each(|model| model.current.clear());
+    place_once(&movable, cards, cpu)
+}
+
+fn place_once(wanted: &[Wanted], cards: &[Card], cpu: &Card) -> Result<Plan, PlacementError> {
     let mut slots: Vec<Slot> = cards.iter().chain([cpu]).map(Slot::new).collect();
     let cpu_slot = slots.len() - 1;
     for index in placing_order(wanted) {
@@ -218,7 +229,7 @@ fn placing_order(wanted: &[Wanted]) -> Vec<usize> {
     order.sort_by_key(|index| {
         let model = &wanted[*index];
         let pinned = matches!(model.devices, Devices::These(_));
-        let least = least_bytes(model, false);
+        let least = least_bytes(model, None);
         (std::cmp::Reverse(model.priority), !pinned, std::cmp::Reverse(least), *index)
     });
     order
@@ -240,8 +251,8 @@ impl<'a> Slot<'a> {
 
     fn take(&mut self, model: &Wanted, replica: u32, on_cpu: bool) {
         let demand = &model.demand;
-        let kv_bytes = model.kv_budget_bytes.unwrap_or(demand.kv_min_bytes);
-        let wish = match model.kv_budget_bytes {
+        let kv_bytes = kv_least_bytes(model, Some(&self.card.id));
+        let wish = match kv_fixed_bytes(model, Some(&self.card.id)) {
             Some(_) => 0,
             None => demand.kv_full_bytes.saturating_sub(demand.kv_min_bytes),
         };
@@ -255,7 +266,7 @@ impl<'a> Slot<'a> {
             kv_min_bytes: demand.kv_min_bytes,
         });
         self.wishes.push(wish);
-        self.left = self.left.saturating_sub(least_bytes(model, on_cpu));
+        self.left = self.left.saturating_sub(bytes_with_kv(model, kv_bytes, on_cpu));
     }
 
     /// Gives every wish the same share of what is left; who wishes for less leaves the rest to the others.
@@ -282,10 +293,19 @@ impl<'a> Slot<'a> {
     }
 }
 
-/// Bytes without which a replica cannot run.
-fn least_bytes(model: &Wanted, on_cpu: bool) -> u64 {
-    let kv = model.kv_budget_bytes.unwrap_or(model.demand.kv_min_bytes);
-    bytes_with_kv(model, kv, on_cpu)
+/// Bytes for KV that are not for the planner to choose: configured, or in use on this card.
+fn kv_fixed_bytes(model: &Wanted, device: Option<&DeviceId>) -> Option<u64> {
+    let in_use = || model.current.iter().find(|(at, _)| Some(at) == device).map(|(_, kv_bytes)| *kv_bytes);
+    model.kv_budget_bytes.or_else(in_use)
+}
+
+fn kv_least_bytes(model: &Wanted, device: Option<&DeviceId>) -> u64 {
+    kv_fixed_bytes(model, device).unwrap_or(model.demand.kv_min_bytes)
+}
+
+/// Bytes without which a replica cannot run on this card, or on any.
+fn least_bytes(model: &Wanted, device: Option<&DeviceId>) -> u64 {
+    bytes_with_kv(model, kv_least_bytes(model, device), device.is_some_and(DeviceId::is_cpu))
 }
 
 fn bytes_with_kv(model: &Wanted, kv: u64, on_cpu: bool) -> u64 {
@@ -326,7 +346,7 @@ fn on_cpu(model: &Wanted, slots: &[Slot<'_>], cpu_slot: usize) -> Result<Vec<usi
         Replicas::All => 1,
         Replicas::Count(count) => count,
     };
-    let needed = least_bytes(model, true).saturating_mul(u64::from(replicas));
+    let needed = least_bytes(model, Some(&slots[cpu_slot].card.id)).saturating_mul(u64::from(replicas));
     if needed > slots[cpu_slot].left {
         return Err(short(model, &slots[cpu_slot], needed, 1));
     }
@@ -362,20 +382,23 @@ fn best_cards(
     allowed: &[usize],
     replicas: usize,
 ) -> Result<Vec<usize>, PlacementError> {
-    let least = least_bytes(model, false);
-    let full = bytes_with_kv(model, model.kv_budget_bytes.unwrap_or(model.demand.kv_full_bytes), false);
-    let mut fitting: Vec<usize> = allowed.iter().copied().filter(|slot| slots[*slot].left >= least).collect();
+    let least = |slot: usize| least_bytes(model, Some(&slots[slot].card.id));
+    let full = |slot: usize| {
+        let fixed = kv_fixed_bytes(model, Some(&slots[slot].card.id));
+        bytes_with_kv(model, fixed.unwrap_or(model.demand.kv_full_bytes), false)
+    };
+    let mut fitting: Vec<usize> = allowed.iter().copied().filter(|slot| slots[*slot].left >= least(*slot)).collect();
     if fitting.len() < replicas {
-        let short_of = allowed.iter().copied().filter(|slot| slots[*slot].left < least);
+        let short_of = allowed.iter().copied().filter(|slot| slots[*slot].left < least(*slot));
         // Of equal cards the first is named.
         let best = short_of.max_by_key(|slot| (slots[*slot].left, std::cmp::Reverse(*slot)));
         let best = best.unwrap_or_default();
-        return Err(short(model, &slots[best], least, allowed.len()));
+        return Err(short(model, &slots[best], least(best), allowed.len()));
     }
     fitting.sort_by_key(|slot| {
         let left = slots[*slot].left;
-        let elsewhere = !model.current.contains(&slots[*slot].card.id);
-        match left.checked_sub(full) {
+        let elsewhere = !model.current.iter().any(|(at, _)| *at == slots[*slot].card.id);
+        match left.checked_sub(full(*slot)) {
             // Room for everything: the tightest fit first.
             Some(rest) => (elsewhere, false, rest, *slot),
             // Room for less KV than would be good: the most room first.
@@ -502,11 +525,15 @@ mod tests {
     }
 
     #[test]
-    fn a_model_stays_where_it_is() {
+    fn a_model_stays_where_it_is_unless_room_is_needed() {
         let cards = [card("a", 24), card("b", 12)];
         let mut stays = model("m", 2, Devices::Auto);
-        stays.current = vec![DeviceId::gpu("a")];
-        assert_eq!(where_is(&place(&[stays], &cards, &cpu()).expect("fits"), "m"), ["a"], "b would be the tighter fit");
+        stays.current = vec![(DeviceId::gpu("a"), 3 * GIB)];
+        let plan = place(&[stays.clone()], &cards, &cpu()).expect("fits");
+        assert_eq!(where_is(&plan, "m"), ["a"], "b would be the tighter fit");
+        assert_eq!(plan.devices[0].placements[0].kv_bytes, 3 * GIB, "what it has");
+        let plan = place(&[stays, model("large", 20, Devices::Auto)], &cards, &cpu()).expect("fits when m moves");
+        assert_eq!((where_is(&plan, "m"), where_is(&plan, "large")), (vec!["b".into()], vec!["a".into()]));
     }
 
     #[test]

@@ -1,0 +1,447 @@
+//! Decides for one device when its workers are restarted. Owns: the device's record of failures, its replicas, their
+//! slots. Never: requests, tokens, other devices.
+//! Started by `house`; if it dies, its model actors end with it (and their workers with them), and it is started again
+//! with the same placements.
+//!
+//! ```text
+//! [Healthy] --a worker ends--> policy: restart now or later --> [Healthy]
+//!     |                          \-- too often, XID, OOM ladder's end --> [Quarantined] --Release--> [Healthy]
+//!     +-- a model that cannot be loaded: that replica is given up, the device is not
+//! ```
+
+use crate::events::{Clock, EventBus};
+use crate::house::HouseMsg;
+use crate::inventory::{DeviceId, HealthKind};
+use crate::link::WorkerFactory;
+use crate::messages::{DeviceStatus, HouseEvent, Phase, ReplicaId, ReplicaStatus, WorkerSpec};
+use crate::model::{ModelActor, ModelArgs, ModelMsg, Report};
+use crate::policy::ladder;
+use crate::policy::outcome::{Action, WorkerEnd, health};
+use crate::policy::restart::{Decision, End, RestartRecord, restarted_with};
+use crate::router::{RouterHandle, RouterMsg};
+use playhouse_config::{Limits, Supervision};
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::Semaphore;
+
+/// How long a replica may take to say how it is; it never blocks, so this is long.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a device supervisor is told.
+#[derive(Debug)]
+pub enum DeviceMsg {
+    /// Start a replica here.
+    Place(Placed),
+    /// End a replica; answered when its worker is gone.
+    Remove {
+        /// Which.
+        replica: ReplicaId,
+        /// Another of the same name follows: requests for it wait.
+        returning: bool,
+        /// Answered when its worker is gone.
+        reply: RpcReplyPort<()>,
+    },
+    /// A model actor reports.
+    Report(Report),
+    /// The device reports.
+    Health(HealthKind),
+    /// The device is well again: start everything.
+    Release,
+    /// End the worker of this replica and start another.
+    Recycle(ReplicaId),
+    /// Start the actor of this replica again.
+    Respawn(ReplicaId),
+    /// Tell the router again who is here.
+    Announce,
+    /// Take new limits.
+    Configure(Supervision, Limits),
+    /// End everything, in the reverse order of the start.
+    Stop(RpcReplyPort<()>),
+    /// Say how it is.
+    Status(RpcReplyPort<DeviceStatus>),
+}
+
+/// A replica that is to be here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placed {
+    /// What its workers are started with.
+    pub spec: WorkerSpec,
+    /// KV below this is useless.
+    pub kv_min_bytes: u64,
+}
+
+/// What the house gives.
+pub struct DeviceArgs {
+    /// The device.
+    pub device: DeviceId,
+    /// The replicas, in the order in which they are started.
+    pub placed: Vec<Placed>,
+    /// The policy.
+    pub supervision: Supervision,
+    /// For the model actors.
+    pub limits: Limits,
+    /// Makes the jitter.
+    pub seed: u64,
+    /// Starts workers.
+    pub factory: Arc<dyn WorkerFactory>,
+    /// Who routes.
+    pub router: RouterHandle,
+    /// Where news go.
+    pub events: EventBus,
+    /// The time.
+    pub clock: Clock,
+    /// Who is told of a quarantine.
+    pub house: ActorRef<HouseMsg>,
+    /// What was known of the device before a restart of this actor.
+    pub quarantined: Option<String>,
+}
+
+/// The actor.
+#[derive(Debug)]
+pub struct DeviceSupervisor;
+
+/// What only the actor changes.
+pub struct DeviceState {
+    args: DeviceArgs,
+    me: ActorRef<DeviceMsg>,
+    record: RestartRecord,
+    quarantined: Option<String>,
+    children: Vec<Child>,
+}
+
+struct Child {
+    placed: Placed,
+    slot: Arc<Semaphore>,
+    actor: Option<ActorRef<ModelMsg>>,
+    incarnations: Arc<AtomicU64>,
+}
+
+impl Actor for DeviceSupervisor {
+    type Msg = DeviceMsg;
+    type State = DeviceState;
+    type Arguments = DeviceArgs;
+
+    async fn pre_start(&self, me: ActorRef<DeviceMsg>, args: DeviceArgs) -> Result<DeviceState, ActorProcessingErr> {
+        let record = RestartRecord::new(args.supervision.clone(), args.seed);
+        let quarantined = args.quarantined.clone();
+        let mut state = DeviceState { args, me, record, quarantined, children: Vec::new() };
+        if state.quarantined.is_some() {
+            state.record.quarantine();
+        }
+        for placed in std::mem::take(&mut state.args.placed) {
+            state.place(placed).await;
+        }
+        Ok(state)
+    }
+
+    async fn handle(
+        &self,
+        _me: ActorRef<DeviceMsg>,
+        message: DeviceMsg,
+        state: &mut DeviceState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            DeviceMsg::Place(placed) => state.place(placed).await,
+            DeviceMsg::Remove { replica, returning, reply } => state.remove(&replica, returning, reply),
+            DeviceMsg::Report(report) => state.report(report),
+            DeviceMsg::Health(kind) => state.health(kind),
+            DeviceMsg::Release => state.release().await,
+            DeviceMsg::Recycle(replica) => state.tell(&replica, ModelMsg::Recycle),
+            DeviceMsg::Respawn(replica) => state.respawn(&replica).await,
+            DeviceMsg::Announce => state.announce(),
+            DeviceMsg::Configure(supervision, limits) => state.configure(&supervision, &limits),
+            DeviceMsg::Stop(reply) => state.stop(reply),
+            DeviceMsg::Status(reply) => state.status(reply),
+        }
+        Ok(())
+    }
+
+    /// ractor stops a supervisor whose child ends, unless it is told otherwise: here a child's end is a decision.
+    async fn handle_supervisor_evt(
+        &self,
+        _me: ActorRef<DeviceMsg>,
+        event: SupervisionEvent,
+        state: &mut DeviceState,
+    ) -> Result<(), ActorProcessingErr> {
+        match event {
+            SupervisionEvent::ActorFailed(actor, error) => state.child_failed(&actor, &error.to_string()),
+            SupervisionEvent::ActorTerminated(actor, last_state, reason) => {
+                // What the state holds (a link, tickets) is given back now.
+                drop(last_state);
+                state.child_failed(&actor, reason.as_deref().unwrap_or("terminated"));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+impl DeviceState {
+    async fn place(&mut self, placed: Placed) {
+        let replica = placed.spec.replica.clone();
+        let slot = Arc::new(Semaphore::new(1));
+        self.children.push(Child { placed, slot, actor: None, incarnations: Arc::default() });
+        self.spawn(&replica).await;
+    }
+
+    /// Starts a replica's actor. Its `pre_start` only builds its state, so awaiting it here blocks nobody.
+    async fn spawn(&mut self, replica: &ReplicaId) {
+        let Some(index) = self.index_of(replica) else { return };
+        let start = self.quarantined.is_none();
+        let child = &self.children[index];
+        let args = ModelArgs {
+            spec: child.placed.spec.clone(),
+            supervision: self.args.supervision.clone(),
+            limits: self.args.limits.clone(),
+            factory: self.args.factory.clone(),
+            slot: child.slot.clone(),
+            router: self.args.router.clone(),
+            events: self.args.events.clone(),
+            supervisor: self.me.clone(),
+            incarnations: child.incarnations.clone(),
+            start,
+        };
+        match ractor::Actor::spawn_linked(None, ModelActor, args, self.me.get_cell()).await {
+            Ok((actor, _)) => self.children[index].actor = Some(actor),
+            // A failure in `pre_start` gives no supervision event: it is told here.
+            Err(error) => self.decide_respawn(replica.clone(), &error.to_string()),
+        }
+    }
+
+    fn index_of(&self, replica: &ReplicaId) -> Option<usize> {
+        self.children.iter().position(|child| child.placed.spec.replica == *replica)
+    }
+
+    fn tell(&self, replica: &ReplicaId, message: ModelMsg) {
+        let actor = self.index_of(replica).and_then(|index| self.children[index].actor.as_ref());
+        if let Some(actor) = actor {
+            // An actor that is gone is respawned by its supervision event.
+            let _ = actor.send_message(message);
+        }
+    }
+
+    fn report(&mut self, report: Report) {
+        match report {
+            Report::Ready { replica, kv_min_bytes } => {
+                self.record.on_ready(self.args.clock.now());
+                if let Some(index) = self.index_of(&replica) {
+                    let placed = &mut self.children[index].placed;
+                    placed.kv_min_bytes = placed.kv_min_bytes.max(kv_min_bytes);
+                }
+            }
+            Report::Ended { replica, end } => self.ended(&replica, &end),
+        }
+    }
+
+    fn ended(&mut self, replica: &ReplicaId, end: &WorkerEnd) {
+        let Some(index) = self.index_of(replica) else { return };
+        match (end, end.action()) {
+            (WorkerEnd::OutOfMemory { requested, free }, _) => {
+                let placed = &mut self.children[index].placed;
+                match ladder::next(placed.spec.kv_bytes, placed.kv_min_bytes, *requested, *free) {
+                    ladder::Step::Shrink { kv_bytes } => {
+                        placed.spec.kv_bytes = kv_bytes;
+                        self.decide(index, end.end());
+                    }
+                    ladder::Step::Quarantine => self.quarantine("out of memory with the least memory for KV"),
+                }
+            }
+            (_, Action::FailModel) => self.tell(replica, ModelMsg::GiveUp(format!("{end:?}"))),
+            (_, Action::Quarantine) => self.quarantine(&format!("{replica}: {}", end.reason())),
+            _ => self.decide(index, end.end()),
+        }
+    }
+
+    /// Asks the policy and tells the replica, and with it those that the strategy names.
+    fn decide(&mut self, index: usize, end: End) {
+        let decision = self.record.on_end(end, self.args.clock.now());
+        let child = &self.children[index];
+        let (replica, kv_bytes) = (child.placed.spec.replica.clone(), child.placed.spec.kv_bytes);
+        match decision {
+            Decision::Quarantine => self.quarantine(&format!("{} failures", self.record.recent(self.args.clock.now()))),
+            Decision::Leave => self.tell(&replica, ModelMsg::Decided(decision, kv_bytes)),
+            Decision::RestartAfter(_) => {
+                self.tell(&replica, ModelMsg::Decided(decision, kv_bytes));
+                let strategy = self.args.supervision.strategy;
+                for other in restarted_with(strategy, index, self.children.len()).filter(|other| *other != index) {
+                    let other = self.children[other].placed.spec.replica.clone();
+                    self.tell(&other, ModelMsg::Recycle);
+                }
+            }
+        }
+    }
+
+    fn quarantine(&mut self, reason: &str) {
+        self.record.quarantine();
+        if self.quarantined.is_none() {
+            self.quarantined = Some(reason.to_owned());
+            let (device, reason) = (self.args.device.clone(), reason.to_owned());
+            self.args.events.tell(HouseEvent::Quarantined { device: device.clone(), reason: reason.clone() });
+            self.tell_house(HouseMsg::Quarantined { device, reason: Some(reason) });
+        }
+        for child in &self.children {
+            if let Some(actor) = &child.actor {
+                let _ = actor.send_message(ModelMsg::Quarantine);
+            }
+            self.args.router.tell(RouterMsg::ReplicaGone(child.placed.spec.replica.clone()));
+        }
+    }
+
+    fn tell_house(&self, message: HouseMsg) {
+        // A house that is gone takes this actor with it.
+        let _ = self.args.house.send_message(message);
+    }
+
+    fn health(&mut self, kind: HealthKind) {
+        // What restarts a worker ends it, too: its own end, which is sooner and says more, is what counts.
+        if health(kind) == Action::Quarantine {
+            self.quarantine(&format!("{kind:?}"));
+        }
+    }
+
+    async fn release(&mut self) {
+        self.record.release();
+        self.quarantined = None;
+        let device = self.args.device.clone();
+        self.args.events.tell(HouseEvent::Released { device: device.clone() });
+        self.tell_house(HouseMsg::Quarantined { device, reason: None });
+        let replicas: Vec<ReplicaId> = self.children.iter().map(|child| child.placed.spec.replica.clone()).collect();
+        for replica in replicas {
+            self.respawn(&replica).await;
+            self.tell(&replica, ModelMsg::Start);
+        }
+    }
+
+    async fn respawn(&mut self, replica: &ReplicaId) {
+        let missing = self.index_of(replica).is_some_and(|index| self.children[index].actor.is_none());
+        if missing && self.quarantined.is_none() {
+            self.spawn(replica).await;
+        }
+    }
+
+    fn child_failed(&mut self, actor: &ActorCell, reason: &str) {
+        let is_it = |child: &Child| child.actor.as_ref().is_some_and(|known| known.get_id() == actor.get_id());
+        let Some(child) = self.children.iter_mut().find(|child| is_it(child)) else { return };
+        child.actor = None;
+        let replica = child.placed.spec.replica.clone();
+        self.args.router.tell(RouterMsg::ReplicaDown(replica.clone()));
+        self.decide_respawn(replica, reason);
+    }
+
+    fn decide_respawn(&mut self, replica: ReplicaId, reason: &str) {
+        let actor = format!("model {replica}");
+        self.args.events.tell(HouseEvent::ActorRestarted { actor, reason: reason.to_owned() });
+        match self.record.on_end(End::Failure, self.args.clock.now()) {
+            Decision::RestartAfter(delay) => {
+                self.me.send_after(delay, move || DeviceMsg::Respawn(replica));
+            }
+            Decision::Leave => self.args.router.tell(RouterMsg::ReplicaGone(replica)),
+            Decision::Quarantine => self.quarantine(&format!("actor of {replica} failed: {reason}")),
+        }
+    }
+
+    fn remove(&mut self, replica: &ReplicaId, returning: bool, reply: RpcReplyPort<()>) {
+        let Some(index) = self.index_of(replica) else {
+            let _ = reply.send(());
+            return;
+        };
+        let child = self.children.remove(index);
+        let replica = replica.clone();
+        let gone = if returning { RouterMsg::ReplicaDown(replica) } else { RouterMsg::ReplicaRemoved(replica) };
+        self.args.router.tell(gone);
+        tokio::spawn(async move {
+            stop_child(child).await;
+            // Who asked may be gone.
+            let _ = reply.send(());
+        });
+    }
+
+    fn announce(&self) {
+        for actor in self.children.iter().filter_map(|child| child.actor.as_ref()) {
+            let _ = actor.send_message(ModelMsg::Announce);
+        }
+    }
+
+    fn configure(&mut self, supervision: &Supervision, limits: &Limits) {
+        self.record.set_policy(supervision.clone());
+        self.args.supervision = supervision.clone();
+        self.args.limits = limits.clone();
+        for actor in self.children.iter().filter_map(|child| child.actor.as_ref()) {
+            let _ = actor.send_message(ModelMsg::Configure(supervision.clone(), limits.clone()));
+        }
+    }
+
+    fn stop(&mut self, reply: RpcReplyPort<()>) {
+        let children = std::mem::take(&mut self.children);
+        tokio::spawn(async move {
+            for child in children.into_iter().rev() {
+                stop_child(child).await;
+            }
+            let _ = reply.send(());
+        });
+    }
+
+    /// Asks the replicas in a task of its own: this actor never waits for a child.
+    fn status(&self, reply: RpcReplyPort<DeviceStatus>) {
+        let actors: Vec<(ReplicaStatus, Option<ActorRef<ModelMsg>>)> =
+            self.children.iter().map(|child| (child.unknown(), child.actor.clone())).collect();
+        let mut status = DeviceStatus {
+            device: self.args.device.clone(),
+            quarantined: self.quarantined.clone(),
+            recent_failures: u32::try_from(self.record.recent(self.args.clock.now())).unwrap_or(u32::MAX),
+            failures: self.record.total(),
+            replicas: Vec::new(),
+        };
+        tokio::spawn(async move {
+            for (unknown, actor) in actors {
+                let known = match actor {
+                    Some(actor) => ractor::rpc::call(&actor, ModelMsg::Status, Some(STATUS_TIMEOUT)).await.ok(),
+                    None => None,
+                };
+                status.replicas.push(known.and_then(answer).unwrap_or(unknown));
+            }
+            let _ = reply.send(status);
+        });
+    }
+}
+
+/// What a call brought, if anything.
+pub(crate) fn answer<T>(result: ractor::rpc::CallResult<T>) -> Option<T> {
+    match result {
+        ractor::rpc::CallResult::Success(value) => Some(value),
+        ractor::rpc::CallResult::Timeout | ractor::rpc::CallResult::SenderError => None,
+    }
+}
+
+impl Child {
+    /// A replica whose actor does not answer, because it is being restarted.
+    fn unknown(&self) -> ReplicaStatus {
+        ReplicaStatus {
+            replica: self.placed.spec.replica.clone(),
+            device: self.placed.spec.device.clone(),
+            phase: Phase::Down,
+            incarnation: self.incarnations.load(Ordering::Relaxed),
+            pid: None,
+            progress: None,
+            running: 0,
+            kv_bytes: self.placed.spec.kv_bytes,
+            last_heard: None,
+            step_age: None,
+            stats: None,
+            last_end: None,
+        }
+    }
+}
+
+/// Ends a replica: its worker in peace, then its actor, then waits until the worker was reaped.
+async fn stop_child(child: Child) {
+    if let Some(actor) = child.actor {
+        // An actor that died meanwhile has killed its worker; the slot says when that is over.
+        let _ = ractor::rpc::call(&actor, ModelMsg::Stop, None).await;
+        actor.stop(None);
+    }
+    // Never closed.
+    let _ = child.slot.acquire().await;
+}
