@@ -24,7 +24,9 @@ fn chat_model(folder: &Path) -> PathBuf {
         writer.set(key, value.clone());
     }
     writer.set("tokenizer.chat_template", TEMPLATE);
-    file.tensors().for_each(|tensor| drop(writer.tensor(&tensor.name, &tensor.dims, tensor.dtype)));
+    for tensor in file.tensors() {
+        writer.tensor(&tensor.name, &tensor.dims, tensor.dtype);
+    }
     let bytes: Vec<_> = file.tensors().map(|tensor| file.bytes(tensor).unwrap()).collect();
     let slices: Vec<&[u8]> = bytes.iter().map(|bytes| &**bytes).collect();
     let path = folder.join("chat.gguf");
@@ -108,11 +110,11 @@ fn a_dash_reads_the_prompt_from_stdin() {
 
 #[test]
 fn choices_are_printed_in_order_and_the_first_is_that_of_one() {
-    let one = run(&["--seed", "4", "--max-tokens", "8", "hello"]).stdout;
-    let three = run(&["--seed", "4", "--max-tokens", "8", "--n", "3", "hello"]).stdout;
+    let one = run(&["--seed", "4", "--max-tokens", "8", "--ignore-eos", "hello"]).stdout;
+    let three = run(&["--seed", "4", "--max-tokens", "8", "--ignore-eos", "--n", "3", "hello"]).stdout;
     assert!(three.starts_with(&one));
     assert_eq!(three.windows(5).filter(|window| window == b"\n---\n").count(), 2);
-    let document = json(&["--seed", "4", "--max-tokens", "8", "--n", "3", "--json", "hello"]);
+    let document = json(&["--seed", "4", "--max-tokens", "8", "--ignore-eos", "--n", "3", "--json", "hello"]);
     assert_eq!(document["choices"].as_array().unwrap().len(), 3);
     assert_eq!(document["choices"][0]["text"], document["text"]);
     assert_ne!(document["choices"][1]["tokens"], document["choices"][2]["tokens"]);
@@ -121,10 +123,10 @@ fn choices_are_printed_in_order_and_the_first_is_that_of_one() {
 
 #[test]
 fn stop_strings_end_the_text_and_are_not_shown() {
-    let free = json(&["--seed", "9", "--max-tokens", "60", "--json", "hello"]);
+    let free = json(&["--seed", "9", "--max-tokens", "60", "--ignore-eos", "--json", "hello"]);
     let text = free["text"].as_str().unwrap();
     let stop: String = text.chars().skip(20).take(2).collect();
-    let document = json(&["--seed", "9", "--max-tokens", "60", "--json", "--stop", &stop, "hello"]);
+    let document = json(&["--seed", "9", "--max-tokens", "60", "--ignore-eos", "--json", "--stop", &stop, "hello"]);
     assert_eq!(document["finish_reason"], "stop");
     assert_eq!(document["text"], text[..text.find(&stop).unwrap()]);
     assert!(document["tokens"].as_array().unwrap().len() < 60);

@@ -119,7 +119,9 @@ fn expand(text: &str, span: Range<usize>, overrides: &Overrides, report: &mut Re
 
 /// Reports and removes keys that the schema does not have, so that everything else is still judged.
 fn refuse_unknown(table: &mut DeTable<'_>, node: Node<'_>, path: &str, report: &mut Report) {
-    let known = node.keys();
+    // Sorted here: the order of a JSON map depends on a feature of serde_json that any crate of a build may switch on.
+    let mut known = node.keys();
+    known.sort_unstable();
     let unknown: Vec<(String, Range<usize>)> = table
         .keys()
         .filter(|key| !known.contains(&key.get_ref().as_ref()))

@@ -13,8 +13,8 @@ use crate::backend::cpu::{measure_multiply_adds, measure_read_bandwidth};
 use crate::backend::{BLOCK_TOKENS, Batch, KvDtype, KvLayout, SeqSpan};
 use crate::engine::{LoadError, RunnerLimits, StepModel, kv_blocks, kv_layout};
 use crate::gguf::GgufFile;
-use crate::models::{ModelSpec, describe};
 use crate::models::spec::{Ffn, Linear, TensorRule};
+use crate::models::{ModelSpec, describe};
 
 /// The arguments of `bench`.
 #[derive(Debug, clap::Args)]

@@ -1,5 +1,6 @@
 //! Why a command failed, and the exit code that says so.
 
+use crate::text::TextError;
 use std::error::Error;
 use std::process::ExitCode;
 
@@ -109,6 +110,17 @@ impl From<GgufError> for CliError {
             _ => Exit::BadModel,
         };
         Self::new(exit, e)
+    }
+}
+
+impl From<TextError> for CliError {
+    fn from(e: TextError) -> Self {
+        match e {
+            TextError::Metadata(e) => e.into(),
+            TextError::Read { path, source } => CliError::io(&path, source),
+            TextError::TooLong { .. } | TextError::NoToken { .. } => CliError::new(Exit::Usage, e),
+            _ => CliError::new(Exit::BadModel, e),
+        }
     }
 }
 

@@ -70,6 +70,11 @@ struct Cli {
     command: Command,
 }
 
+/// The grammar of the command line, for whoever checks or completes commands.
+pub fn command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
+}
+
 /// Parses the command line, runs the command and returns its exit code.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {

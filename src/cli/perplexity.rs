@@ -244,7 +244,9 @@ mod tests {
     #[test]
     fn the_error_of_the_mean_is_that_of_a_sample() {
         let mut score = Score::default();
-        [1.0, 2.0, 3.0, 4.0].map(|nll| score.add(nll));
+        for nll in [1.0, 2.0, 3.0, 4.0] {
+            score.add(nll);
+        }
         let (mean, error) = score.mean_and_error();
         assert_eq!(mean, 2.5);
         // Sample variance 5/3, over 4.

@@ -47,7 +47,8 @@ pub(crate) struct SamplingArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     min_tokens: u32,
     /// End the text before this string; may be given several times
-    #[arg(long, visible_alias = "reverse-prompt", value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
+    #[arg(long, visible_alias = "reverse-prompt", value_name = "TEXT", allow_hyphen_values = true,
+        value_parser = NonEmptyStringValueParser::new())]
     pub(crate) stop: Vec<String>,
     /// Do not end the text at the model's end-of-text tokens
     #[arg(long)]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::{CliError, Exit, RunCommand};
 use crate::gguf::GgufFile;
-use crate::text::{EncodeOptions, TextError, Tokenizer};
+use crate::text::{EncodeOptions, Tokenizer};
 
 /// The arguments of `tokenize`.
 #[derive(Debug, clap::Args)]
@@ -72,15 +72,4 @@ fn table(tokenizer: &Tokenizer, ids: &[u32]) -> String {
         out.push('\n');
     }
     out
-}
-
-impl From<TextError> for CliError {
-    fn from(e: TextError) -> Self {
-        match e {
-            TextError::Metadata(e) => e.into(),
-            TextError::Read { path, source } => CliError::io(&path, source),
-            TextError::TooLong { .. } => CliError::new(Exit::Usage, e),
-            _ => CliError::new(Exit::BadModel, e),
-        }
-    }
 }

@@ -186,7 +186,7 @@ fn heads(keys: &Keys<'_>, hidden_dim: usize) -> Result<HeadDims, GgufError> {
     }
     let head_dim = match keys.opt_size("attention.key_length")? {
         Some(n) => n,
-        None if hidden_dim % n_heads == 0 => hidden_dim / n_heads,
+        None if hidden_dim.is_multiple_of(n_heads) => hidden_dim / n_heads,
         None => {
             let expected = format_args!("a divisor of the embedding length {hidden_dim}, or a key for the head size");
             return Err(keys.invalid("attention.head_count", expected));

@@ -120,7 +120,7 @@ impl FileType {
             (Role::Gate | Role::Up | Role::Down, MXFP4) if !is_moe => DType::MXFP4,
             (_, MXFP4) => DType::Q8_0,
             (Role::Output, Q8_0) => DType::Q8_0,
-            (Role::Output, _) if row_len % 256 != 0 => DType::Q8_0,
+            (Role::Output, _) if !row_len.is_multiple_of(256) => DType::Q8_0,
             (Role::Output, _) => DType::Q6_K,
 
             (Role::Value, Q2_K) => {

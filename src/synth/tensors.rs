@@ -17,6 +17,8 @@ pub(super) enum Init {
 /// Biases are small beside the products they are added to.
 const BIAS: Init = Init::Vector(0.0, 0.05);
 const NORM: Init = Init::Vector(1.0, 0.1);
+/// Standard deviation of embeddings that are the output matrix as well.
+const TIED: f32 = 0.02;
 /// A sink takes about as much attention as a few tokens.
 const SINK: Init = Init::Vector(0.0, 1.0);
 
@@ -33,15 +35,16 @@ pub(super) fn plan(shape: &Shape, file_type: FileType, n_vocab: u64) -> Vec<Tens
     let hidden = u64::from(shape.hidden);
     let per_column = |std: f32| std / (hidden as f32).sqrt();
     let logits = per_column(logit_std(n_vocab));
-    // Untied embeddings are smaller than what the first layer adds, as in trained models; tied ones are the output
-    // matrix, so small that a token does not predict itself.
-    let (role, std) = if shape.tied { (Role::Output, logits) } else { (Role::Embedding, 0.05) };
+    // Embeddings are smaller than what the first layer adds, as in trained models. Tied ones are the output matrix too: so
+    // small that a token does not predict itself, and the last norm makes up for it.
+    let (role, std) = if shape.tied { (Role::Output, TIED) } else { (Role::Embedding, 0.05) };
     list.matrix("token_embd", &[hidden, n_vocab], role, 0, std);
     for layer in 0..shape.n_layers {
         list.attention(layer);
         if shape.arch == Arch::GptOss { list.experts(layer) } else { list.ffn(layer) }
     }
-    list.vector("output_norm.weight", hidden, NORM);
+    let gain = if shape.tied { logits / TIED } else { 1.0 };
+    list.vector("output_norm.weight", hidden, Init::Vector(gain, 0.1 * gain));
     if !shape.tied {
         list.matrix("output", &[hidden, n_vocab], Role::Output, 0, logits);
     }

@@ -276,7 +276,7 @@ fn build_model(
     let byte_ids = byte_ids(tokens, kinds);
     let is_spm = !matches!(model, ModelParts::Bpe { .. });
     // Text never merges into a token that steers the model, or into the name of a byte.
-    let can_be_made = |id: u32| !is_control[id as usize] && !(is_spm && kinds[id as usize] == TokenKind::Byte);
+    let can_be_made = |id: u32| !is_control[id as usize] && (!is_spm || kinds[id as usize] != TokenKind::Byte);
     let mut vocab = AHashMap::with_capacity(tokens.len());
     for (text, id) in tokens.iter().zip(0..).filter(|(text, id)| !text.is_empty() && can_be_made(*id)) {
         if let Some(other) = vocab.insert(text.clone(), id) {

@@ -158,9 +158,12 @@ pub(crate) struct Told {
     pub(crate) end: Option<Result<(FinishReason, Usage), RequestError>>,
 }
 
+/// A token, the bits of its log probability, and the most likely tokens with the bits of theirs.
+pub(crate) type TokenBits = (u32, u32, Vec<(u32, u32)>);
+
 impl Told {
     /// Tokens, and every bit of the log probabilities.
-    pub(crate) fn bits(&self) -> Vec<(u32, u32, Vec<(u32, u32)>)> {
+    pub(crate) fn bits(&self) -> Vec<TokenBits> {
         let bits = |logprobs: &TokenLogprobs| {
             let top = logprobs.top.iter().map(|top| (top.token, top.logprob.to_bits())).collect();
             (logprobs.chosen.to_bits(), top)

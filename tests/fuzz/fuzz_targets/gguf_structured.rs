@@ -4,11 +4,11 @@
 
 extern crate self as playhouse;
 
-#[path = "../../src/dtype/mod.rs"]
+#[path = "../../../src/dtype/mod.rs"]
 pub mod dtype;
-#[path = "../../src/gguf/mod.rs"]
+#[path = "../../../src/gguf/mod.rs"]
 pub mod gguf;
-#[path = "../../tests/gguf_support/mod.rs"]
+#[path = "../../gguf_support/mod.rs"]
 mod gguf_support;
 
 use arbitrary::Arbitrary;
