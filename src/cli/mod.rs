@@ -1,8 +1,8 @@
 //! The commands of the `playhouse` binary: one table, one file per command.
 //!
-//! To add a command: a file with `pub(crate) struct Args` (clap derive) that implements [`RunCommand`], and a row in
-//! the `commands!` table. Results go to stdout through [`print`] and [`print_json`]; progress and summaries go to
-//! stderr through [`note`].
+//! To add a command: a file with `pub(crate) struct Args` (clap derive) that implements `RunCommand`, and a row in
+//! the `commands!` table. Results go to stdout through `print` and `print_json`; progress and summaries go to
+//! stderr through `note`.
 
 mod error;
 mod load;

@@ -1,7 +1,7 @@
 //! The CPU backend: the oracle that every other backend is compared with, and the engine where there is no GPU.
 //!
 //! f32 activations times decoded weights: a quantised matrix gives the very bits that its decoded f32 copy would.
-//! Sums follow the order of [`lanes`], so results are the same on every CPU, for every number of threads, for a row
+//! Sums follow the order of `lanes`, so results are the same on every CPU, for every number of threads, for a row
 //! alone or among others. Weights stay in the file's memory map; keys and values are paged as the engine says.
 //!
 //! | file | what it is |

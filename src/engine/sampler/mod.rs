@@ -3,16 +3,16 @@
 //! The result is defined without reference to an order of evaluation, so that a GPU can reproduce it bit for bit:
 //!
 //! 1. **Adjust** (f32, each operation rounded): add the bias, apply the repetition, presence and frequency penalties
-//!    ([`penalties`]); forbid the ids outside the mask and, before `min_tokens`, the stop ids. The *rank* of an id is its
+//!    (`penalties`); forbid the ids outside the mask and, before `min_tokens`, the stop ids. The *rank* of an id is its
 //!    place by (adjusted logit descending, id ascending). Rank 0 is the greedy choice.
 //! 2. **Weigh**: `w = round(2^43 * exp((l - l_max) / temperature))`, an integer ([`weight`]). Integers add up to the same sum in
 //!    any order.
 //! 3. **Truncate**: keep the `top_k` first ranks; of those the shortest run of first ranks whose weights reach `top_p` of
 //!    their sum; of those the ids with `w >= min_p * 2^43`. Each keeps rank 0.
-//! 4. **Draw**: with `r` the 64-bit random number of (seed, choice, token index) ([`philox`]) and `W` the sum of the kept
+//! 4. **Draw**: with `r` the 64-bit random number of (seed, choice, token index) (`philox`) and `W` the sum of the kept
 //!    weights, the choice is the first kept id, in ascending order of ids, whose running sum exceeds `floor(r * W / 2^64)`.
 //!
-//! Log probabilities ([`logprobs`]) are of the adjusted logits, before the temperature.
+//! Log probabilities (`logprobs`) are of the adjusted logits, before the temperature.
 
 mod logprobs;
 mod mask;
