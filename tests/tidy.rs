@@ -44,8 +44,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("text", &["gguf"]),
     ("basho", &[]),
     ("synth", &["dtype", "gguf"]),
-    ("worker", &["dtype", "gguf", "backend", "models", "engine"]),
-    ("http", &["text"]),
+    ("worker", &["dtype", "gguf", "backend", "models", "engine", "basho"]),
+    ("client", &["text", "gguf", "models", "basho"]),
+    ("http", &["client", "text"]),
 ];
 
 /// Modules that may import everyone: they wire the parts together.
