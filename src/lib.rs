@@ -12,6 +12,7 @@
 //! | [`text`] | tokenizers, detokenizer, chat templates, stop strings | `gguf` |
 //! | [`basho`] | the embedded model, and the grammar, lexicon and scanner that its training text came from | - |
 //! | [`synth`] | model files with random weights at the true shape | `dtype`, `gguf` |
+//! | [`client`] | what programs hold of a running house: models by name, requests, streams of text; every bound of a request | `text`, `gguf`, `models`, `actors` |
 //! | [`cli`] | the commands | everyone |
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the life of one request.
@@ -19,6 +20,7 @@
 pub mod backend;
 pub mod basho;
 pub mod cli;
+pub mod client;
 pub mod dtype;
 pub mod engine;
 pub mod gguf;
