@@ -381,6 +381,11 @@ pub struct HouseStatus {
 }
 
 impl HouseStatus {
+    /// Every replica on every device.
+    pub fn replicas(&self) -> impl Iterator<Item = &ReplicaStatus> {
+        self.devices.iter().flat_map(|device| &device.replicas)
+    }
+
     /// Whether every required model has a ready replica and the host is not about to stop.
     pub fn is_ready(&self) -> bool {
         let required = |service: &&ServiceStatus| service.required;
