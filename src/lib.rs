@@ -12,6 +12,7 @@
 //! | [`text`] | tokenizers, detokenizer, chat templates, stop strings | `gguf` |
 //! | [`basho`] | the embedded model, and the grammar, lexicon and scanner that its training text came from | - |
 //! | [`synth`] | model files with random weights at the true shape | `dtype`, `gguf` |
+//! | [`grammar`] | texts held to JSON, a schema, an expression: masks for the sampler | `engine`, `text` |
 //! | [`client`] | what programs hold of a running house: models by name, requests, streams of text; every bound of a request | `text`, `gguf`, `models`, `actors` |
 //! | [`cli`] | the commands | everyone |
 //!
@@ -24,6 +25,7 @@ pub mod client;
 pub mod dtype;
 pub mod engine;
 pub mod gguf;
+pub mod grammar;
 pub mod models;
 pub mod synth;
 pub mod text;
