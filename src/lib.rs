@@ -13,6 +13,7 @@
 //! | [`basho`] | the embedded model, and the grammar, lexicon and scanner that its training text came from | - |
 //! | [`synth`] | model files with random weights at the true shape | `dtype`, `gguf` |
 //! | [`client`] | what programs hold of a running house: models by name, requests, streams of text; every bound of a request | `text`, `gguf`, `models`, `actors` |
+//! | [`worker`] | one replica's engine in a process or thread of its own, and the host's link to it | `engine` and below, `basho`, `actors` |
 //! | [`cli`] | the commands | everyone |
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the life of one request.
@@ -27,3 +28,4 @@ pub mod gguf;
 pub mod models;
 pub mod synth;
 pub mod text;
+pub mod worker;
