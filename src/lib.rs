@@ -14,6 +14,7 @@
 //! | [`synth`] | model files with random weights at the true shape | `dtype`, `gguf` |
 //! | [`grammar`] | texts held to JSON, a schema, an expression: masks for the sampler | `engine`, `text` |
 //! | [`client`] | what programs hold of a running house: models by name, requests, streams of text; every bound of a request | `text`, `gguf`, `models`, `actors` |
+//! | [`worker`] | one replica's engine in a process or thread of its own, and the host's link to it | `engine` and below, `basho`, `actors` |
 //! | [`cli`] | the commands | everyone |
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the life of one request.
@@ -29,3 +30,4 @@ pub mod grammar;
 pub mod models;
 pub mod synth;
 pub mod text;
+pub mod worker;

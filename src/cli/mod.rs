@@ -15,6 +15,7 @@ mod perplexity;
 mod inspect;
 mod tokenize;
 mod synth;
+mod worker;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -60,6 +61,9 @@ commands! {
     Bench => bench,
     /// Measure how well a model predicts a text
     Perplexity => perplexity,
+    #[command(hide = true)]
+    /// Run one replica's engine for a host; started by it
+    Worker => worker,
 }
 
 /// Runs language models from GGUF files. The same request with the same seed gives the same bytes.
