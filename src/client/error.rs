@@ -2,6 +2,7 @@
 
 use crate::text::{TemplateError, TextError};
 use playhouse_actors::Refusal;
+use playhouse_actors::messages::Failure;
 
 /// A parameter that is out of bounds.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -36,6 +37,9 @@ pub enum RequestError {
     /// The house refused it.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// It was accepted and failed, and there is no stream that could say so.
+    #[error(transparent)]
+    Failed(#[from] Failure),
     /// The program is ending.
     #[error("the host stopped while the request was prepared")]
     Stopped,

@@ -6,7 +6,7 @@ use super::validate::validate;
 use super::{StepModel, batch};
 use crate::backend::{BackendError, Batch};
 use playhouse_actors::engine::{
-    Engine, EngineError, EngineEvent, EngineRequest, EngineStats, RequestError, RequestId, StepReport,
+    Engine, EngineError, EngineEvent, EngineRequest, EngineStats, RequestError, RequestId, StepReport, Task,
 };
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -98,41 +98,63 @@ impl<M: StepModel> LlmEngine<M> {
     }
 
     /// Chooses the next token of every sequence whose logits were computed, each on its own.
-    fn choose(&mut self, plan: &StepPlan) -> Vec<(Work, Result<Chosen, SampleError>)> {
-        let works: Vec<Work> = plan.work.iter().copied().filter(|work| work.chooses).collect();
+    fn choose(&mut self, works: &[Work]) -> Vec<Option<Result<Chosen, SampleError>>> {
         let rows = self.logits.par_chunks_mut(self.model.n_vocab());
         let (scheduler, samplers) = (&self.scheduler, &self.samplers);
         let choose_row = |(work, row): (&Work, &mut [f32])| {
             let sequence = scheduler.sequence(work.key);
             let request = sequence.request();
             let options = RowOptions { forbidden: sequence.forbidden(), mask: None, n_logprobs: request.logprobs };
-            (*work, samplers[&request.id].choose(row, index_of(sequence.n_emitted()), options))
+            let sampler = &samplers[&request.id];
+            (request.task == Task::Generate).then(|| sampler.choose(row, index_of(sequence.n_emitted()), options))
         };
         works.par_iter().zip(rows).map(choose_row).collect()
     }
 
+    /// The hidden states that embeddings asked for, in the order of `works`.
+    fn embed(&mut self, works: &[Work]) -> Result<Vec<Vec<f32>>, BackendError> {
+        let is_embed = |work: &Work| self.scheduler.sequence(work.key).request().task == Task::Embed;
+        let rows: Vec<u32> =
+            works.iter().zip(&self.batch.logit_rows).filter(|(work, _)| is_embed(work)).map(|(_, row)| *row).collect();
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut hidden = Vec::new();
+        self.model.hidden(&rows, &mut hidden)?;
+        Ok(hidden.chunks_exact(hidden.len() / rows.len()).map(<[f32]>::to_vec).collect())
+    }
+
     /// Turns the choices into events and hands them to the scheduler.
-    fn settle(&mut self, plan: &StepPlan, events: &mut Vec<EngineEvent>) {
+    fn settle(&mut self, plan: &StepPlan, events: &mut Vec<EngineEvent>) -> Result<(), BackendError> {
+        let works: Vec<Work> = plan.work.iter().copied().filter(|work| work.chooses).collect();
+        let mut hidden = self.embed(&works)?.into_iter();
         let mut outcomes = Vec::new();
-        for (work, chosen) in self.choose(plan) {
+        for (work, chosen) in works.iter().zip(self.choose(&works)) {
             let sequence = self.scheduler.sequence(work.key);
             let (id, index) = (sequence.request().id, index_of(sequence.n_emitted()));
             match chosen {
-                Ok(Chosen { token, logprobs }) => {
+                Some(Ok(Chosen { token, logprobs })) => {
                     self.samplers.get_mut(&id).expect("live requests have a sampler").push(token);
                     self.counters.decode_tokens += 1;
                     events.push(EngineEvent::Token { id, index, token, logprobs });
                     outcomes.push(Outcome::Token(token));
                 }
-                Err(error) => {
+                Some(Err(error)) => {
                     self.samplers.remove(&id);
                     events.push(EngineEvent::Failed { id, error: request_error(error, index) });
-                    outcomes.push(Outcome::Failed);
+                    outcomes.push(Outcome::Without);
+                }
+                None => {
+                    self.samplers.remove(&id);
+                    let values = hidden.next().expect("a row for each embedding");
+                    events.push(EngineEvent::Embedded { id, values, usage: sequence.usage() });
+                    outcomes.push(Outcome::Without);
                 }
             }
         }
         let ended = self.scheduler.commit(plan, &outcomes);
         self.report_ended(&ended, events);
+        Ok(())
     }
 
     fn report_ended(&mut self, ended: &[Ended], events: &mut Vec<EngineEvent>) {
@@ -186,7 +208,7 @@ impl<M: StepModel> Engine for LlmEngine<M> {
         batch::fill(&mut self.batch, &plan, &self.scheduler);
         self.model.run(&self.batch, &mut self.logits).map_err(engine_error)?;
         let report = self.count(&plan);
-        self.settle(&plan, events);
+        self.settle(&plan, events).map_err(engine_error)?;
         Ok(StepReport { busy: self.scheduler.is_busy(), ..report })
     }
 
