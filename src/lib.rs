@@ -15,6 +15,7 @@
 //! | [`grammar`] | texts held to JSON, a schema, an expression: masks for the sampler | `engine`, `text` |
 //! | [`client`] | what programs hold of a running house: models by name, requests, streams of text; every bound of a request | `text`, `gguf`, `models`, `actors` |
 //! | [`worker`] | one replica's engine in a process or thread of its own, and the host's link to it | `engine` and below, `basho`, `actors` |
+//! | [`host`] | the long-running process: admin socket, signals, service manager | everyone |
 //! | [`cli`] | the commands | everyone |
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the life of one request.
@@ -27,6 +28,7 @@ pub mod dtype;
 pub mod engine;
 pub mod gguf;
 pub mod grammar;
+pub mod host;
 pub mod models;
 pub mod synth;
 pub mod text;

@@ -11,6 +11,7 @@ use llguidance::earley::SlicedBiasComputer;
 use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
 use playhouse_actors::engine::{Constraint, RequestError};
+use std::cell::OnceCell;
 use std::sync::Arc;
 
 /// The deepest JSON that a schema may be written in.
@@ -156,6 +157,35 @@ impl Constrainer for Grammars {
         let mut text = HeldText { matcher, stop_ids: stop_ids.to_vec() };
         emitted.iter().try_for_each(|token| text.push(*token))?;
         Ok(Box::new(text))
+    }
+}
+
+/// Where a vocabulary comes from when it is needed.
+pub type VocabularySource = Box<dyn Fn() -> Result<Tokenizer, String> + Send>;
+
+/// [`Grammars`] that are built when the first request asks for them: most engines never are asked.
+pub struct LazyGrammars {
+    source: VocabularySource,
+    built: OnceCell<Result<Grammars, String>>,
+}
+
+impl LazyGrammars {
+    /// Reads the vocabulary from `source` when it is needed.
+    pub fn new(source: VocabularySource) -> Self {
+        Self { source, built: OnceCell::new() }
+    }
+}
+
+impl Constrainer for LazyGrammars {
+    fn start(
+        &self,
+        constraint: &Constraint,
+        stop_ids: &[u32],
+        emitted: &[u32],
+    ) -> Result<Box<dyn Constrain>, RequestError> {
+        let build = || Grammars::new(&(self.source)()?).map_err(|error| error.to_string());
+        let grammars = self.built.get_or_init(build).as_ref().map_err(|error| invalid(error))?;
+        grammars.start(constraint, stop_ids, emitted)
     }
 }
 
