@@ -15,6 +15,13 @@ mod perplexity;
 mod inspect;
 mod tokenize;
 mod synth;
+mod socket;
+mod show;
+mod ps;
+mod reload;
+mod drain;
+mod restart;
+mod events;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -60,6 +67,16 @@ commands! {
     Bench => bench,
     /// Measure how well a model predicts a text
     Perplexity => perplexity,
+    /// Show what a running host has on which device
+    Ps => ps,
+    /// Have a running host read its configuration again; what did not change goes on undisturbed
+    Reload => reload,
+    /// Have a running host take no more requests and finish the open ones
+    Drain => drain,
+    /// Restart a model's or a device's workers in a running host
+    Restart => restart,
+    /// Show what happened in a running host
+    Events => events,
 }
 
 /// Runs language models from GGUF files. The same request with the same seed gives the same bytes.

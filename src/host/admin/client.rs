@@ -1,6 +1,8 @@
 //! Asks a running host over its admin socket. Blocking, with timeouts: what commands need.
 
-use super::protocol::{ANSWER_BYTES_MAX, Answer, Failure, HostInfo, Outcome, Reloaded, Reply, Request, Restarted, Stamped};
+use super::protocol::{
+    ANSWER_BYTES_MAX, Answer, Failure, HostInfo, Outcome, Reloaded, Reply, Request, Restarted, Stamped,
+};
 use playhouse_actors::HouseStatus;
 use playhouse_actors::inventory::Device;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};

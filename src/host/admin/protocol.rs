@@ -77,7 +77,8 @@ impl Request {
     /// [`Failure`] of the kinds `BadRequest`, `Version` or `UnknownCommand`, for the client.
     pub fn parse(line: &str) -> Result<Self, Failure> {
         let bad = |message: String| Failure::new(FailureKind::BadRequest, message);
-        let mut value: Value = serde_json::from_str(line).map_err(|error| bad(format!("not a JSON object: {error}")))?;
+        let mut value: Value =
+            serde_json::from_str(line).map_err(|error| bad(format!("not a JSON object: {error}")))?;
         let object = value.as_object_mut().ok_or_else(|| bad("expected a JSON object".into()))?;
         match object.remove("version") {
             Some(version) if version == VERSION => {}
