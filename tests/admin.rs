@@ -208,12 +208,18 @@ async fn every_request_reaches_the_house_and_its_answer_the_client() {
         assert_eq!((host.pid, status), (std::process::id(), house::status()));
         assert_eq!(client.devices().expect("devices"), house::devices());
         let reloaded = client.reload(true).expect("reloaded");
-        assert_eq!((reloaded.applied.kept.len(), reloaded.restart_needed.as_slice()), (2, &["host.address".into()][..]));
+        assert_eq!(
+            (reloaded.applied.kept.len(), reloaded.restart_needed.as_slice()),
+            (2, &["host.address".into()][..])
+        );
         assert_eq!(client.drain(Some(Duration::from_millis(1500))).expect("drained"), 3);
         let restarted = client.restart("qwen").expect("restarted");
         assert_eq!(restarted, Restarted::Model { model: "qwen".into(), replicas: 2 });
         let error = client.restart("nobody").expect_err("no such model");
-        assert!(matches!(&error, ClientError::Refused(failure) if failure.kind == FailureKind::NoSuchTarget), "{error:?}");
+        assert!(
+            matches!(&error, ClientError::Refused(failure) if failure.kind == FailureKind::NoSuchTarget),
+            "{error:?}"
+        );
         client.stop().expect("stopping");
     })
     .await;
@@ -348,7 +354,10 @@ async fn a_follower_that_does_not_read_hurts_nobody() {
         // More than the socket's buffers hold.
         let reason = "x".repeat(4096);
         for number in 0..2000 {
-            house.tell(HouseEvent::Quarantined { device: DeviceId::gpu(format!("GPU-{number}")), reason: reason.clone() });
+            house.tell(HouseEvent::Quarantined {
+                device: DeviceId::gpu(format!("GPU-{number}")),
+                reason: reason.clone(),
+            });
             if number % 200 == 0 {
                 Client::connect(&path).expect("it listens").status().expect("served meanwhile");
             }

@@ -18,6 +18,7 @@ mod synth;
 mod socket;
 mod show;
 mod ps;
+mod top;
 mod reload;
 mod drain;
 mod restart;
@@ -69,6 +70,8 @@ commands! {
     Perplexity => perplexity,
     /// Show what a running host has on which device
     Ps => ps,
+    /// Watch a running host live: devices, replicas, tokens/s, events
+    Top => top,
     /// Have a running host read its configuration again; what did not change goes on undisturbed
     Reload => reload,
     /// Have a running host take no more requests and finish the open ones
