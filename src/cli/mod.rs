@@ -23,6 +23,7 @@ mod reload;
 mod drain;
 mod restart;
 mod events;
+mod check;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -80,6 +81,8 @@ commands! {
     Restart => restart,
     /// Show what happened in a running host
     Events => events,
+    /// Judge a configuration file without starting anything
+    Check => check,
 }
 
 /// Runs language models from GGUF files. The same request with the same seed gives the same bytes.
