@@ -204,6 +204,7 @@ pub struct WorkerSpec {
 
 /// What the host tells a worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[expect(clippy::large_enum_variant, reason = "nearly all commands are the large one, and few wait at a time")]
 pub enum WorkerCommand {
     /// Take this request.
     Submit(EngineRequest),

@@ -115,14 +115,18 @@ impl From<ConfigError> for CliError {
     }
 }
 
+/// The exit code of a file that cannot be used.
+pub(super) fn gguf_exit(error: &GgufError) -> Exit {
+    match error.kind() {
+        GgufErrorKind::NotFound | GgufErrorKind::MissingShard => Exit::MissingFile,
+        GgufErrorKind::Io | GgufErrorKind::Changed => Exit::Transient,
+        _ => Exit::BadModel,
+    }
+}
+
 impl From<GgufError> for CliError {
     fn from(e: GgufError) -> Self {
-        let exit = match e.kind() {
-            GgufErrorKind::NotFound | GgufErrorKind::MissingShard => Exit::MissingFile,
-            GgufErrorKind::Io | GgufErrorKind::Changed => Exit::Transient,
-            _ => Exit::BadModel,
-        };
-        Self::new(exit, e)
+        Self::new(gguf_exit(&e), e)
     }
 }
 

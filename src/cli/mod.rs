@@ -16,6 +16,8 @@ mod inspect;
 mod tokenize;
 mod synth;
 mod worker;
+mod serve;
+mod plan;
 mod socket;
 mod show;
 mod ps;
@@ -73,6 +75,10 @@ commands! {
     #[command(hide = true)]
     /// Run one replica's engine for a host; started by it
     Worker => worker,
+    /// Run models under supervision until told to stop
+    Serve => serve,
+    /// Show what would go on which device, and with how much memory, without touching a GPU
+    Plan => plan,
     /// Show what a running host has on which device
     Ps => ps,
     /// Watch a running host live: devices, replicas, tokens/s, events

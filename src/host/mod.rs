@@ -10,8 +10,11 @@
 
 pub mod admin;
 mod error;
+pub mod notify;
 pub mod nvml;
 pub mod planning;
+pub mod service;
+pub mod signals;
 pub mod telemetry;
 
 pub use admin::{Reloaded, Restarted};

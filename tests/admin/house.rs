@@ -19,21 +19,21 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, broadcast};
 
 /// What the reload of a [`FakeHouse`] says of a bad file.
-pub const BAD_CONFIG: &str = "error: unknown key `adress` in [host]\n --> house.toml:2:1";
+pub(crate) const BAD_CONFIG: &str = "error: unknown key `adress` in [host]\n --> house.toml:2:1";
 
-pub struct FakeHouse {
-    pub status: Mutex<Option<HouseStatus>>,
-    pub events: broadcast::Sender<HouseEvent>,
+pub(crate) struct FakeHouse {
+    pub(crate) status: Mutex<Option<HouseStatus>>,
+    pub(crate) events: broadcast::Sender<HouseEvent>,
     /// What it was asked, in order.
-    pub asked: Mutex<Vec<String>>,
+    pub(crate) asked: Mutex<Vec<String>>,
     /// Whether the configuration file is bad.
-    pub bad_config: bool,
+    pub(crate) bad_config: bool,
     /// A drain ends when there is a permit.
-    pub drained: Semaphore,
+    pub(crate) drained: Semaphore,
 }
 
 impl FakeHouse {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             status: Mutex::new(Some(status())),
             events: broadcast::channel(4096).0,
@@ -43,11 +43,11 @@ impl FakeHouse {
         }
     }
 
-    pub fn tell(&self, event: HouseEvent) {
+    pub(crate) fn tell(&self, event: HouseEvent) {
         self.events.send(event).expect("the server listens");
     }
 
-    pub fn asked(&self) -> Vec<String> {
+    pub(crate) fn asked(&self) -> Vec<String> {
         self.asked.lock().expect("no panics").clone()
     }
 
@@ -97,7 +97,7 @@ impl House for FakeHouse {
     }
 }
 
-pub fn devices() -> Vec<Device> {
+pub(crate) fn devices() -> Vec<Device> {
     let device = |index: u64, used_gib: u64| Device {
         uuid: format!("GPU-5d5b000{index}"),
         pci_bus_id: Some(format!("00000000:{index}B:00.0")),
@@ -131,7 +131,7 @@ fn replica(model: &str, index: u32, device: u32, phase: Phase) -> ReplicaStatus 
     }
 }
 
-pub fn status() -> HouseStatus {
+pub(crate) fn status() -> HouseStatus {
     let ready = ReplicaStatus {
         incarnation: 3,
         pid: Some(4242),

@@ -20,7 +20,7 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
 pub(crate) const PATIENT: &str = r#"
 [supervision]
 max_restarts = 100000
-poison_deaths = 10000
+poison_deaths = 1000
 backoff = { min = "1ms", max = "2ms" }
 heartbeat = "100ms"
 "#;
