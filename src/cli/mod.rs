@@ -24,6 +24,8 @@ mod drain;
 mod restart;
 mod events;
 mod check;
+mod devices;
+mod worker;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -83,6 +85,11 @@ commands! {
     Events => events,
     /// Judge a configuration file without starting anything
     Check => check,
+    /// List the GPUs of this box
+    Devices => devices,
+    #[command(hide = true)]
+    /// Run one replica's engine for a host; started by it
+    Worker => worker,
 }
 
 /// Runs language models from GGUF files. The same request with the same seed gives the same bytes.

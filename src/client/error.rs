@@ -1,5 +1,6 @@
 //! Why a request was not taken.
 
+use crate::grammar::GrammarError;
 use crate::text::{TemplateError, TextError};
 use playhouse_actors::Refusal;
 use playhouse_actors::messages::Failure;
@@ -31,6 +32,9 @@ pub enum RequestError {
     /// The chat template refused the conversation.
     #[error(transparent)]
     Template(#[from] TemplateError),
+    /// No text can be held to its constraint.
+    #[error("the constraint cannot be used: {0}")]
+    Constraint(#[from] GrammarError),
     /// The text cannot be turned into tokens.
     #[error(transparent)]
     Text(#[from] TextError),

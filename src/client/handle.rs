@@ -134,6 +134,11 @@ impl ModelHandle {
     }
 
     async fn start(&self, request: GenerateRequest, prompt: Vec<u32>) -> Result<TokenStream, RequestError> {
+        if let Some(constraint) = request.constraint.clone() {
+            // A worker would refuse it, too, but only after the request was accepted.
+            let card = self.card.clone();
+            blocking(move || Ok(card.check(&constraint)?)).await?;
+        }
         let seed = request.seed.unwrap_or_else(draw_seed);
         let mut choices = Vec::new();
         for number in 0..request.n {

@@ -40,6 +40,11 @@ pub fn check(request: &GenerateRequest) -> Result<(), Invalid> {
     if let Some(Constraint::JsonSchema(text) | Constraint::Regex(text) | Constraint::Lark(text)) = &request.constraint {
         at_most("response_format", text.len() as u64, 1, CONSTRAINT_BYTES_MAX as u64)?;
     }
+    if request.constraint.is_some() {
+        // A text that keeps its form must be free to end where the form does.
+        at_most("min_tokens", u64::from(request.min_tokens), 0, 0)?;
+        at_most("ignore_eos", u64::from(request.ignore_eos), 0, 0)?;
+    }
     check_prompt(&request.prompt)?;
     check_stops(request)?;
     check_sampling(request)

@@ -195,6 +195,11 @@ impl Scheduler {
         self.running.len()
     }
 
+    /// The running request that is preempted first: the last of the queue.
+    pub fn youngest_running(&self) -> Option<RequestId> {
+        self.running.last().map(|key| self.sequences[key].request().id)
+    }
+
     /// Sequences that wait.
     pub fn n_waiting(&self) -> usize {
         self.waiting.len()
