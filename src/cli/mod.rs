@@ -15,6 +15,7 @@ mod perplexity;
 mod inspect;
 mod tokenize;
 mod synth;
+mod worker;
 mod socket;
 mod show;
 mod ps;
@@ -25,7 +26,6 @@ mod restart;
 mod events;
 mod check;
 mod devices;
-mod worker;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -71,6 +71,9 @@ commands! {
     Bench => bench,
     /// Measure how well a model predicts a text
     Perplexity => perplexity,
+    #[command(hide = true)]
+    /// Run one replica's engine for a host; started by it
+    Worker => worker,
     /// Show what a running host has on which device
     Ps => ps,
     /// Watch a running host live: devices, replicas, tokens/s, events
@@ -87,9 +90,6 @@ commands! {
     Check => check,
     /// List the GPUs of this box
     Devices => devices,
-    #[command(hide = true)]
-    /// Run one replica's engine for a host; started by it
-    Worker => worker,
 }
 
 /// Runs language models from GGUF files. The same request with the same seed gives the same bytes.
