@@ -14,7 +14,7 @@ use playhouse::worker::frame::{self, FrameReader};
 use playhouse::worker::{Workers, run_if_worker, sizing};
 use playhouse_actors::engine::{Engine, EngineEvent, EngineRequest, RequestId, SamplingParams};
 use playhouse_actors::inventory::DeviceId;
-use playhouse_actors::messages::{Generate, ReplicaId, StreamEvent, WorkerCommand, WorkerEvent, WorkerSpec};
+use playhouse_actors::messages::{Generate, ReplicaId, StreamEvent, Terminal, WorkerCommand, WorkerEvent, WorkerSpec};
 use playhouse_actors::policy::placement::{Card, Plan, Wanted, place};
 use playhouse_actors::sim::SimInventory;
 use playhouse_actors::{HouseArgs, HouseHandle, Refusal};
@@ -25,6 +25,7 @@ use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
+use tokio::task::JoinHandle;
 
 /// Tokens of a batch.
 const BATCH: u64 = 32;
@@ -32,8 +33,11 @@ const BATCH: u64 = 32;
 const N_PINGS: usize = 5_000;
 /// Batches of the stream.
 const N_STREAMED: usize = 100_000;
-/// Requests through the actors, and tokens of each.
-const N_REQUESTS: usize = 12;
+/// Requests of one token.
+const N_SHORT: u64 = 300;
+/// Requests of many.
+const N_LONG: u64 = 20;
+/// So many.
 const N_TOKENS: u32 = 200;
 
 fn main() {
@@ -137,10 +141,16 @@ fn socket_path() {
     println!("  and with the command that asks for it, both ways: {}", quantiles(round_trips));
 }
 
-fn quantiles(mut micros: Vec<f64>) -> String {
-    micros.sort_by(f64::total_cmp);
-    let at = |share: f64| micros[((micros.len() - 1) as f64 * share) as usize];
-    format!("median {:.1} us, p90 {:.1} us, p99 {:.1} us", at(0.5), at(0.9), at(0.99))
+/// The value below which this share of them is.
+fn at(micros: &[f64], share: f64) -> f64 {
+    let mut sorted = micros.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[((sorted.len() - 1) as f64 * share) as usize]
+}
+
+fn quantiles(micros: Vec<f64>) -> String {
+    let [p10, p50, p90, p99] = [0.1, 0.5, 0.9, 0.99].map(|share| at(&micros, share));
+    format!("median {p50:.1} us (p10 {p10:.1}, p90 {p90:.1}, p99 {p99:.1})")
 }
 
 fn stream() {
@@ -196,35 +206,50 @@ fn prompt() -> Vec<u32> {
     (0..8).map(|i| 300 + 17 * i).collect()
 }
 
+/// The three ways take turns, so that a machine that is busy with something else is so for all of them.
 fn actor_path() {
-    let direct = direct();
-    println!("one sequence of the embedded model on one thread, between two tokens:");
-    println!("  the engine, called directly:     {}", quantiles(direct.clone()));
-    for (isolation, name) in [(Isolation::Process, "process"), (Isolation::Thread, "thread ")] {
-        let gaps = through_actors(isolation);
-        let added = median(&gaps) - median(&direct);
-        println!("  through the actors, in a {name}: {}; {added:+.1} us at the median", quantiles(gaps));
-    }
+    let mut direct = direct_engine();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("threads");
+    let ways = [(Isolation::Process, "process"), (Isolation::Thread, "thread ")];
+    runtime.block_on(async {
+        let houses = [start(ways[0].0).await, start(ways[1].0).await];
+        for (n_requests, n_tokens, what) in [
+            (N_SHORT, 1, "requests of one token, from asking to having it"),
+            (N_LONG, N_TOKENS, "requests of many tokens, between two of them"),
+        ] {
+            println!("the embedded model on one thread, {what}:");
+            let (mut called, mut sent) = (Vec::new(), [Vec::new(), Vec::new()]);
+            for seed in 0..n_requests {
+                called.extend(tokio::task::block_in_place(|| one_call(&mut direct, seed, n_tokens)));
+                for (house, waits) in houses.iter().zip(&mut sent) {
+                    waits.extend(one_request(&house.0, seed, n_tokens).await);
+                }
+            }
+            println!("  the engine, called directly:     {}", quantiles(called.clone()));
+            for ((_, name), waits) in ways.iter().zip(sent) {
+                let [median, p10] = [0.5, 0.1].map(|share| at(&waits, share) - at(&called, share));
+                let waits = quantiles(waits);
+                println!("  through the actors, in a {name}: {waits}; {median:+.1} us at the median, {p10:+.1} at p10");
+            }
+        }
+        for (house, join) in houses {
+            house.stop().await;
+            join.await.expect("the tree ends");
+        }
+    });
 }
 
-fn median(micros: &[f64]) -> f64 {
-    let mut sorted = micros.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
-}
-
-/// Microseconds between tokens of the engine.
-fn direct() -> Vec<f64> {
+/// The engine that a worker of [`model`] has.
+fn direct_engine() -> LlmEngine<Runner<CpuBackend>> {
     let file = embedded();
     let described = describe(&file).expect("the embedded file is sound");
-    let kv_bytes = sizing::demand(&model(Isolation::Thread), &described).expect("it fits").kv_full_bytes;
     let config = model(Isolation::Thread);
     let spec = WorkerSpec {
+        kv_bytes: sizing::demand(&config, &described).expect("it fits").kv_full_bytes,
         replica: ReplicaId { model: config.name, index: 0 },
         incarnation: 1,
         device: DeviceId::cpu(),
         source: ModelSource::Embedded("basho".into()),
-        kv_bytes,
         kv_type: config.kv_type,
         context: config.context,
         max_sequences: config.max_sequences,
@@ -234,37 +259,58 @@ fn direct() -> Vec<f64> {
     };
     let limits = sizing::limits(&spec, &described).expect("it fits");
     let runner = Runner::load(&file, CpuBackend::with_threads(1), limits, &mut |_| ()).expect("it loads");
-    let mut engine = LlmEngine::new(runner, EngineOptions::default());
-    let mut gaps = Vec::new();
-    for id in 0..N_REQUESTS {
-        engine.submit(engine_request(id as u64)).expect("it fits");
-        let (mut last, mut busy) = (None, true);
-        while busy {
-            let mut events = Vec::new();
-            busy = engine.step(&mut events).expect("the step runs").busy;
-            let n_tokens = events.iter().filter(|event| matches!(event, EngineEvent::Token { .. })).count();
-            gaps.extend((n_tokens > 0).then(|| gap(&mut last)).flatten());
+    LlmEngine::new(runner, EngineOptions::default())
+}
+
+/// Microseconds that tokens are waited for: the first if there is no other, else those between two.
+struct Waits {
+    micros: Vec<f64>,
+    last: Instant,
+}
+
+impl Waits {
+    fn start() -> Self {
+        Self { micros: Vec::new(), last: Instant::now() }
+    }
+
+    fn token(&mut self) {
+        let now = Instant::now();
+        self.micros.push((now - std::mem::replace(&mut self.last, now)).as_secs_f64() * 1e6);
+    }
+
+    fn of_interest(mut self, n_tokens: u32) -> Vec<f64> {
+        assert_eq!(self.micros.len(), n_tokens as usize);
+        if n_tokens > 1 {
+            self.micros.remove(0);
+        }
+        self.micros
+    }
+}
+
+fn one_call(engine: &mut LlmEngine<Runner<CpuBackend>>, seed: u64, n_tokens: u32) -> Vec<f64> {
+    let (mut waits, mut busy) = (Waits::start(), true);
+    engine.submit(engine_request(seed, n_tokens)).expect("it fits");
+    while busy {
+        let mut events = Vec::new();
+        busy = engine.step(&mut events).expect("the step runs").busy;
+        if events.iter().any(|event| matches!(event, EngineEvent::Token { .. })) {
+            waits.token();
         }
     }
-    gaps
+    waits.of_interest(n_tokens)
 }
 
 fn embedded() -> GgufFile {
     GgufFile::from_static(playhouse::basho::LABEL, playhouse::basho::GGUF).expect("the embedded file is sound")
 }
 
-fn gap(last: &mut Option<Instant>) -> Option<f64> {
-    let now = Instant::now();
-    last.replace(now).map(|last| (now - last).as_secs_f64() * 1e6)
-}
-
-fn engine_request(id: u64) -> EngineRequest {
+fn engine_request(id: u64, max_tokens: u32) -> EngineRequest {
     EngineRequest {
         id: RequestId(id),
         prompt: prompt(),
         emitted: Vec::new(),
         sampling: SamplingParams { seed: id, temperature: 1.0, ..SamplingParams::greedy() },
-        max_tokens: N_TOKENS,
+        max_tokens,
         min_tokens: 0,
         stop_ids: Vec::new(),
         logprobs: None,
@@ -288,56 +334,45 @@ fn plan_of(model: &Model) -> Plan {
     place(&[wanted], &[], &cpu).expect("it fits")
 }
 
-/// Microseconds between tokens as a client gets them.
-fn through_actors(isolation: Isolation) -> Vec<f64> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("threads");
-    runtime.block_on(async {
-        let model = model(isolation);
-        let plan = plan_of(&model);
-        let args = HouseArgs {
-            config: Config { models: vec![model], ..Config::default() },
-            plan,
-            factory: Arc::new(Workers::new(None).expecting(usize::MAX)),
-            inventory: Box::new(SimInventory::new(Vec::new()).0),
-            poll: None,
-            seed: 1,
-        };
-        let (house, join) = HouseHandle::start(args).await.expect("the root starts");
-        let mut gaps = Vec::new();
-        for id in 0..N_REQUESTS {
-            gaps.extend(one_request(&house, id as u64).await);
-        }
-        house.stop().await;
-        join.await.expect("the tree ends");
-        gaps
-    })
+async fn start(isolation: Isolation) -> (HouseHandle, JoinHandle<()>) {
+    let model = model(isolation);
+    let plan = plan_of(&model);
+    let args = HouseArgs {
+        config: Config { models: vec![model], ..Config::default() },
+        plan,
+        factory: Arc::new(Workers::new(None).expecting(usize::MAX)),
+        inventory: Box::new(SimInventory::new(Vec::new()).0),
+        poll: None,
+        seed: 1,
+    };
+    HouseHandle::start(args).await.expect("the root starts")
 }
 
-async fn one_request(house: &HouseHandle, seed: u64) -> Vec<f64> {
+async fn one_request(house: &HouseHandle, seed: u64, max_tokens: u32) -> Vec<f64> {
     let request = Generate {
         model: "basho".into(),
         prompt: prompt(),
-        sampling: engine_request(seed).sampling,
-        max_tokens: N_TOKENS,
+        sampling: engine_request(seed, max_tokens).sampling,
+        max_tokens,
         min_tokens: 0,
         stop_ids: Vec::new(),
         logprobs: None,
         priority: 0,
         timeout: None,
     };
-    let mut stream = loop {
+    let (mut waits, mut stream) = loop {
+        let waits = Waits::start();
         match house.generate(request.clone()).await {
-            Ok(stream) => break stream,
+            Ok(stream) => break (waits, stream),
             Err(Refusal::Loading { .. }) => tokio::task::yield_now().await,
             Err(refusal) => panic!("{refusal}"),
         }
     };
-    let (mut gaps, mut last) = (Vec::new(), None);
     while let Some(event) = stream.next().await {
         match event {
-            StreamEvent::Token(_) => gaps.extend(gap(&mut last)),
-            StreamEvent::End(end) => assert_eq!(gaps.len() + 1, N_TOKENS as usize, "{end:?}"),
+            StreamEvent::Token(_) => waits.token(),
+            StreamEvent::End(end) => assert!(matches!(end, Terminal::Completed { .. }), "{end:?}"),
         }
     }
-    gaps
+    waits.of_interest(max_tokens)
 }
