@@ -44,10 +44,9 @@ pub fn run_worker(socket: OwnedFd) -> ExitCode {
 /// `main`: its workers are started from its own executable.
 ///
 /// ```no_run
-/// fn main() {
-///     playhouse::worker::run_if_worker();
-///     // ... the program
-/// }
+/// // First in main:
+/// playhouse::worker::run_if_worker();
+/// // ... the program
 /// ```
 pub fn run_if_worker() {
     let started_as_worker =
