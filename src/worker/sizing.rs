@@ -9,8 +9,7 @@ use playhouse_actors::policy::placement::Demand;
 use playhouse_config::Model;
 use playhouse_config::checked::KvType;
 
-/// What a process with a CUDA context and our kernels takes on a card before anything is loaded; rounded up from what
-/// NVML shows for one on an H200.
+/// An allowance for what a process with a CUDA context and our kernels takes on a card before anything is loaded.
 pub const CONTEXT_BYTES: u64 = 640 << 20;
 
 /// Settings that a model cannot be run with.

@@ -51,7 +51,7 @@ pub(crate) fn request(id: u64, max_tokens: u32) -> EngineRequest {
         max_tokens,
         min_tokens: 0,
         stop_ids: Vec::new(),
-        logprobs: (id % 2 == 0).then_some(3),
+        logprobs: id.is_multiple_of(2).then_some(3),
         priority: 0,
         deadline: None,
     }
