@@ -13,6 +13,7 @@
 //! | [`basho`] | the embedded model, and the grammar, lexicon and scanner that its training text came from | - |
 //! | [`synth`] | model files with random weights at the true shape | `dtype`, `gguf` |
 //! | [`client`] | what programs hold of a running house: models by name, requests, streams of text; every bound of a request | `text`, `gguf`, `models`, `actors` |
+//! | [`http`] | the HTTP front: the OpenAI API, metrics, the dashboard, and what keeps them standing | `client`, `text`, `actors` |
 //! | [`cli`] | the commands | everyone |
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the life of one request.
@@ -24,6 +25,7 @@ pub mod client;
 pub mod dtype;
 pub mod engine;
 pub mod gguf;
+pub mod http;
 pub mod models;
 pub mod synth;
 pub mod text;
