@@ -12,8 +12,10 @@
 //! | [`text`] | tokenizers, detokenizer, chat templates, stop strings | `gguf` |
 //! | [`basho`] | the embedded model, and the grammar, lexicon and scanner that its training text came from | - |
 //! | [`synth`] | model files with random weights at the true shape | `dtype`, `gguf` |
+//! | [`grammar`] | texts held to JSON, a schema, an expression: masks for the sampler | `engine`, `text` |
 //! | [`client`] | what programs hold of a running house: models by name, requests, streams of text; every bound of a request | `text`, `gguf`, `models`, `actors` |
 //! | [`worker`] | one replica's engine in a process or thread of its own, and the host's link to it | `engine` and below, `basho`, `actors` |
+//! | [`host`] | the long-running process: admin socket, signals, service manager | everyone |
 //! | [`cli`] | the commands | everyone |
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the life of one request.
@@ -25,6 +27,8 @@ pub mod client;
 pub mod dtype;
 pub mod engine;
 pub mod gguf;
+pub mod grammar;
+pub mod host;
 pub mod models;
 pub mod synth;
 pub mod text;

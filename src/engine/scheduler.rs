@@ -82,7 +82,7 @@ pub enum Outcome {
     /// This token.
     Token(u32),
     /// None: the sequence ends without one.
-    Failed,
+    Without,
 }
 
 /// Lookups in the prefix cache, in prompt tokens.
@@ -251,7 +251,7 @@ impl Scheduler {
                 continue;
             }
             match *outcomes.next().expect("an outcome for each choice") {
-                Outcome::Failed => drop(self.end(work.key)),
+                Outcome::Without => drop(self.end(work.key)),
                 Outcome::Token(token) => {
                     sequence.push(token, &self.kv);
                     if let Some(reason) = self.sequences[&work.key].finish(self.n_limit()) {

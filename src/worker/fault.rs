@@ -171,6 +171,10 @@ impl StepModel for Faulty {
         self.model.run(batch, logits)
     }
 
+    fn hidden(&mut self, rows: &[u32], hidden: &mut Vec<f32>) -> Result<(), BackendError> {
+        self.model.hidden(rows, hidden)
+    }
+
     fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), BackendError> {
         self.model.copy_blocks(pairs)
     }

@@ -5,7 +5,9 @@ use crate::backend::cpu::CpuBackend;
 use crate::basho;
 use crate::engine::{EngineOptions, LlmEngine, LoadError, Runner, RunnerLimits, StepModel};
 use crate::gguf::GgufFile;
+use crate::grammar::LazyGrammars;
 use crate::models::{ModelError, describe};
+use crate::text::Tokenizer;
 use playhouse_actors::engine::{EngineError, LoadProgress};
 use playhouse_actors::inventory::DeviceId;
 use playhouse_actors::messages::WorkerSpec;
@@ -96,7 +98,11 @@ pub(super) fn load(
     let model = super::fault::Faults::of(spec).wrap(model);
     let (n_ctx, n_vocab) = (model.n_ctx(), model.n_vocab());
     let options = EngineOptions { max_sequences: spec.max_sequences.max(1) as usize, ..EngineOptions::default() };
-    Ok(Loaded { engine: LlmEngine::new(model, options), kv_min_bytes, n_ctx, n_vocab })
+    let source = spec.source.clone();
+    let tokenizer =
+        move || Ok(Tokenizer::from_gguf(&open(&source).map_err(|e| e.to_string())?).map_err(|e| e.to_string())?);
+    let engine = LlmEngine::new(model, options).with_constrainer(Box::new(LazyGrammars::new(Box::new(tokenizer))));
+    Ok(Loaded { engine, kv_min_bytes, n_ctx, n_vocab })
 }
 
 fn open(source: &ModelSource) -> Result<GgufFile, ModelError> {

@@ -297,7 +297,9 @@ impl Service<'_> {
         if !self.refused.is_empty() {
             events.retain(|event| match event {
                 EngineEvent::Token { id, .. } => !self.refused.contains(id),
-                EngineEvent::Finished { id, .. } | EngineEvent::Failed { id, .. } => !self.refused.remove(id),
+                EngineEvent::Finished { id, .. }
+                | EngineEvent::Embedded { id, .. }
+                | EngineEvent::Failed { id, .. } => !self.refused.remove(id),
             });
         }
         if events.is_empty() { Ok(()) } else { self.tell(WorkerEvent::Step(events)) }

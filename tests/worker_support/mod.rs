@@ -7,7 +7,7 @@ use playhouse::gguf::GgufFile;
 use playhouse::models::describe;
 use playhouse::worker::{ProcessWorkers, sizing};
 use playhouse_actors::engine::{
-    Engine, EngineEvent, EngineRequest, FinishReason, LoadPhase, RequestId, SamplingParams, Usage,
+    Engine, EngineEvent, EngineRequest, FinishReason, LoadPhase, RequestId, SamplingParams, Task, Usage,
 };
 use playhouse_actors::inventory::DeviceId;
 use playhouse_actors::link::{WorkerFactory, WorkerLink};
@@ -45,6 +45,7 @@ pub(crate) fn request(id: u64, max_tokens: u32) -> EngineRequest {
     let sampling = SamplingParams { temperature: 0.9, top_k: 40, seed: id, ..SamplingParams::greedy() };
     EngineRequest {
         id: RequestId(id),
+        task: Task::Generate,
         prompt,
         emitted: Vec::new(),
         sampling,
@@ -52,6 +53,7 @@ pub(crate) fn request(id: u64, max_tokens: u32) -> EngineRequest {
         min_tokens: 0,
         stop_ids: Vec::new(),
         logprobs: id.is_multiple_of(2).then_some(3),
+        constraint: None,
         priority: 0,
         deadline: None,
     }
@@ -69,6 +71,7 @@ pub(crate) fn note(transcript: &mut Transcript, events: Vec<EngineEvent>) {
                 assert_eq!(end, None, "one end each");
             }
             EngineEvent::Failed { id, error } => panic!("{id:?}: {error}"),
+            EngineEvent::Embedded { id, .. } => panic!("{id:?} has an embedding that nobody asked for"),
         }
     }
 }
