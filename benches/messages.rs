@@ -12,7 +12,7 @@ use playhouse::gguf::GgufFile;
 use playhouse::models::describe;
 use playhouse::worker::frame::{self, FrameReader};
 use playhouse::worker::{Workers, run_if_worker, sizing};
-use playhouse_actors::engine::{Engine, EngineEvent, EngineRequest, RequestId, SamplingParams, Task};
+use playhouse_actors::engine::{Engine, EngineEvent, EngineRequest, RequestId, SamplingParams};
 use playhouse_actors::inventory::DeviceId;
 use playhouse_actors::messages::{Generate, ReplicaId, StreamEvent, Terminal, WorkerCommand, WorkerEvent, WorkerSpec};
 use playhouse_actors::policy::placement::{Card, Plan, Wanted, place};
@@ -307,7 +307,7 @@ fn embedded() -> GgufFile {
 fn engine_request(id: u64, max_tokens: u32) -> EngineRequest {
     EngineRequest {
         id: RequestId(id),
-        task: Task::Generate,
+        task: playhouse_actors::engine::Task::Generate,
         prompt: prompt(),
         emitted: Vec::new(),
         sampling: SamplingParams { seed: id, temperature: 1.0, ..SamplingParams::greedy() },
@@ -353,7 +353,7 @@ async fn start(isolation: Isolation) -> (HouseHandle, JoinHandle<()>) {
 async fn one_request(house: &HouseHandle, seed: u64, max_tokens: u32) -> Vec<f64> {
     let request = Generate {
         model: "basho".into(),
-        task: Task::Generate,
+        task: playhouse_actors::engine::Task::Generate,
         prompt: prompt(),
         sampling: engine_request(seed, max_tokens).sampling,
         max_tokens,

@@ -51,23 +51,23 @@ fn sampling() -> impl Strategy<Value = SamplingParams> {
     )
 }
 
-fn command() -> impl Strategy<Value = WorkerCommand> {
-    let tokens = || vec(any::<u32>(), 0..200);
-    let submit = (id(), (tokens(), tokens(), vec(any::<u32>(), 0..4)), sampling(), any::<[u32; 2]>());
-    let constraint = prop_oneof![
+fn constraint() -> impl Strategy<Value = Constraint> {
+    prop_oneof![
         Just(Constraint::JsonObject),
         any::<String>().prop_map(Constraint::JsonSchema),
         any::<String>().prop_map(Constraint::Regex),
         any::<String>().prop_map(Constraint::Lark),
-    ];
-    let task = prop_oneof![Just(Task::Generate), Just(Task::Embed)];
-    let submit = (submit, option::of(any::<u32>()), any::<i32>(), task, option::of(constraint));
+    ]
+}
+
+fn command() -> impl Strategy<Value = WorkerCommand> {
+    let tokens = || vec(any::<u32>(), 0..200);
+    let submit = (id(), (tokens(), tokens(), vec(any::<u32>(), 0..4)), sampling(), any::<[u32; 2]>());
+    let submit = (submit, option::of(any::<u32>()), any::<i32>(), prop_oneof![Just(Task::Generate), Just(Task::Embed)]);
+    let submit = (submit, option::of(constraint()));
     let submit = submit.prop_map(
         |(
-            (id, (prompt, emitted, stop_ids), sampling, [max_tokens, min_tokens]),
-            logprobs,
-            priority,
-            task,
+            ((id, (prompt, emitted, stop_ids), sampling, [max_tokens, min_tokens]), logprobs, priority, task),
             constraint,
         )| {
             WorkerCommand::Submit(EngineRequest {
@@ -130,12 +130,13 @@ fn engine_event() -> impl Strategy<Value = EngineEvent> {
         Just(FinishReason::Cancelled),
         Just(FinishReason::Deadline)
     ];
-    let usage = any::<[u32; 3]>().prop_map(|[prompt_tokens, cached_tokens, completion_tokens]| Usage {
-        prompt_tokens,
-        cached_tokens,
-        completion_tokens,
-    });
-    let usage = || usage.clone();
+    let usage = || {
+        any::<[u32; 3]>().prop_map(|[prompt_tokens, cached_tokens, completion_tokens]| Usage {
+            prompt_tokens,
+            cached_tokens,
+            completion_tokens,
+        })
+    };
     prop_oneof![
         (id(), any::<[u32; 2]>(), option::of(logprobs)).prop_map(|(id, [index, token], logprobs)| EngineEvent::Token {
             id,
@@ -143,12 +144,12 @@ fn engine_event() -> impl Strategy<Value = EngineEvent> {
             token,
             logprobs
         }),
-        (id(), reason, usage()).prop_map(|(id, reason, usage)| EngineEvent::Finished { id, reason, usage }),
-        (id(), vec(-1e6f32..1e6, 0..50), usage()).prop_map(|(id, values, usage)| EngineEvent::Embedded {
+        (id(), vec(-1e6f32..1e6, 0..200), usage()).prop_map(|(id, values, usage)| EngineEvent::Embedded {
             id,
             values,
             usage
         }),
+        (id(), reason, usage()).prop_map(|(id, reason, usage)| EngineEvent::Finished { id, reason, usage }),
         (id(), request_error()).prop_map(|(id, error)| EngineEvent::Failed { id, error }),
     ]
 }

@@ -29,7 +29,7 @@ pub fn read_cards(config: &Config, known: &Catalog, same: &Config) -> Result<Cat
             None => Arc::new(ModelCard::read(model).map_err(|source| PlanError::Model {
                 model: model.name.clone(),
                 source_of: model.source.to_string(),
-                source,
+                source: Box::new(source),
             })?),
         };
         cards.push(card);

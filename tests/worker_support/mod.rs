@@ -7,7 +7,7 @@ use playhouse::gguf::GgufFile;
 use playhouse::models::describe;
 use playhouse::worker::{ProcessWorkers, sizing};
 use playhouse_actors::engine::{
-    Engine, EngineEvent, EngineRequest, FinishReason, LoadPhase, RequestId, SamplingParams, Task, Usage,
+    Engine, EngineEvent, EngineRequest, FinishReason, LoadPhase, RequestId, SamplingParams, Usage,
 };
 use playhouse_actors::inventory::DeviceId;
 use playhouse_actors::link::{WorkerFactory, WorkerLink};
@@ -45,7 +45,7 @@ pub(crate) fn request(id: u64, max_tokens: u32) -> EngineRequest {
     let sampling = SamplingParams { temperature: 0.9, top_k: 40, seed: id, ..SamplingParams::greedy() };
     EngineRequest {
         id: RequestId(id),
-        task: Task::Generate,
+        task: playhouse_actors::engine::Task::Generate,
         prompt,
         emitted: Vec::new(),
         sampling,
@@ -70,8 +70,8 @@ pub(crate) fn note(transcript: &mut Transcript, events: Vec<EngineEvent>) {
                 let end = transcript.entry(id).or_default().1.replace((reason, usage));
                 assert_eq!(end, None, "one end each");
             }
+            EngineEvent::Embedded { id, .. } => panic!("{id:?} is no embedding"),
             EngineEvent::Failed { id, error } => panic!("{id:?}: {error}"),
-            EngineEvent::Embedded { id, .. } => panic!("{id:?} has an embedding that nobody asked for"),
         }
     }
 }
