@@ -9,7 +9,7 @@
 //! [`server`] answers; [`client`] asks. The trait [`House`] is what the server needs of a host; tests have a second one.
 //!
 //! The socket is for the host's own user and root: its mode says so, and the server asks the kernel who is calling. Nothing
-//! here can start a model or read a prompt. [`operated`] is the house of a real host.
+//! here can start a model or read a prompt.
 
 pub mod protocol;
 pub mod path;
@@ -17,10 +17,8 @@ pub mod socket;
 mod log;
 pub mod server;
 pub mod client;
-pub mod operated;
 
 pub use client::{Client, ClientError};
-pub use operated::Operated;
 pub use path::usual_path;
 pub use protocol::{Answer, Failure, FailureKind, HostInfo, Reloaded, Request, Restarted, Stamped};
 pub use server::{AdminServer, Options};
