@@ -626,6 +626,24 @@ impl HouseState {
     }
 }
 
+/// What going over from one configuration with its plan to another would do.
+pub fn preview(old: (&Config, &Plan), new: (&Config, &Plan)) -> Applied {
+    let (running, wanted) = (placed_of(old.0, old.1), placed_of(new.0, new.1));
+    let mut applied = Applied::default();
+    for (device, placed) in &running {
+        for here in placed {
+            let there = wanted.get(device).map_or(&[][..], Vec::as_slice);
+            let model = new.0.model(&here.spec.replica.model);
+            let kept = there.iter().any(|wanted| is_same(here, wanted, model));
+            let list = if kept { &mut applied.kept } else { &mut applied.stopped };
+            list.push(here.spec.replica.clone());
+        }
+    }
+    let started = wanted.into_values().flatten().map(|placed| placed.spec.replica);
+    applied.started = started.filter(|replica| !applied.kept.contains(replica)).collect();
+    applied
+}
+
 /// Whether a replica that runs may go on as the one that is wanted. If the planner chose its memory for KV, it may go on
 /// with less than it could have now, but not with more: somebody else is to have that.
 fn is_same(old: &Placed, new: &Placed, model: Option<&Model>) -> bool {

@@ -210,7 +210,7 @@ impl RouterHandle {
 
     pub(crate) fn concluded(&self, id: RequestId, terminal: &Terminal) {
         let outcome = match terminal {
-            Terminal::Completed { .. } => Concluded::Completed,
+            Terminal::Completed { .. } | Terminal::Embedded { .. } => Concluded::Completed,
             Terminal::Failed(Failure::Poison { .. }) => Concluded::Poisoned,
             Terminal::Failed(_) => Concluded::Failed,
             Terminal::Cancelled => Concluded::Cancelled,
@@ -719,6 +719,7 @@ impl Service {
 fn engine_request(id: RequestId, request: Generate) -> EngineRequest {
     EngineRequest {
         id,
+        task: request.task,
         prompt: request.prompt,
         emitted: Vec::new(),
         sampling: request.sampling,
@@ -726,6 +727,7 @@ fn engine_request(id: RequestId, request: Generate) -> EngineRequest {
         min_tokens: request.min_tokens,
         stop_ids: request.stop_ids,
         logprobs: request.logprobs,
+        constraint: request.constraint,
         priority: request.priority,
         deadline: None,
     }

@@ -2,9 +2,12 @@
 
 use crate::basho;
 use crate::gguf::{GgufError, GgufFile};
+use crate::grammar::{GrammarError, Grammars};
 use crate::models::{ModelError, ModelSpec, describe};
 use crate::text::{ChatTemplate, TemplateError, TextError, Tokenizer};
+use playhouse_actors::engine::Constraint;
 use playhouse_config::{Model, ModelSource};
+use std::sync::OnceLock;
 use std::time::SystemTime;
 
 /// Why a model's file cannot be served. The text names the file.
@@ -48,6 +51,7 @@ pub struct ModelCard {
     pub template: Option<ChatTemplate>,
     /// When the card was made.
     pub created: SystemTime,
+    grammars: OnceLock<Result<Grammars, GrammarError>>,
 }
 
 /// Opens the file of a model, or the embedded one.
@@ -84,6 +88,16 @@ impl ModelCard {
             tokenizer,
             template,
             created: SystemTime::now(),
+            grammars: OnceLock::new(),
         })
+    }
+
+    /// Checks that a text can be held to `constraint`. The first time takes up to a second: call it where that may be.
+    ///
+    /// # Errors
+    /// [`GrammarError`].
+    pub fn check(&self, constraint: &Constraint) -> Result<(), GrammarError> {
+        let grammars = self.grammars.get_or_init(|| Grammars::new(&self.tokenizer));
+        grammars.as_ref().map_err(Clone::clone)?.check(constraint)
     }
 }

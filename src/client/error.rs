@@ -1,7 +1,9 @@
 //! Why a request was not taken.
 
+use crate::grammar::GrammarError;
 use crate::text::{TemplateError, TextError};
 use playhouse_actors::Refusal;
+use playhouse_actors::messages::Failure;
 
 /// A parameter that is out of bounds.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -30,12 +32,18 @@ pub enum RequestError {
     /// The chat template refused the conversation.
     #[error(transparent)]
     Template(#[from] TemplateError),
+    /// No text can be held to its constraint.
+    #[error("the constraint cannot be used: {0}")]
+    Constraint(#[from] GrammarError),
     /// The text cannot be turned into tokens.
     #[error(transparent)]
     Text(#[from] TextError),
     /// The house refused it.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// It was accepted and failed, and there is no stream that could say so.
+    #[error(transparent)]
+    Failed(#[from] Failure),
     /// The program is ending.
     #[error("the host stopped while the request was prepared")]
     Stopped,

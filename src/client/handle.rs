@@ -6,11 +6,20 @@ use super::limits;
 use super::request::{ChatRequest, GenerateRequest, Prompt};
 use super::stream::{Choice, TokenStream};
 use crate::text::{ChatPrompt, Detokenizer, EncodeOptions, TextStream};
-use playhouse_actors::engine::{RequestId, SamplingParams};
-use playhouse_actors::messages::ServiceStatus;
+use playhouse_actors::engine::{FinishReason, RequestId, SamplingParams, Task};
+use playhouse_actors::messages::{Failure, ServiceStatus, StreamEvent, Terminal};
 use playhouse_actors::{Generate, HouseHandle};
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
+
+/// A text as a vector.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Embedding {
+    /// Of length 1, `[C]`.
+    pub values: Vec<f32>,
+    /// Tokens of the text.
+    pub prompt_tokens: u32,
+}
 
 /// A model by its name: texts, conversations, tokens. Cheap to clone. It stays usable after a reload; if the model is
 /// gone by then, requests are refused.
@@ -59,6 +68,36 @@ impl ModelHandle {
         self.start(generate, tokens.await?).await
     }
 
+    /// The embedding of a text: the hidden state of its last token after the output norm, scaled to length 1. Of the
+    /// models here none was trained for it; texts that go on alike are near each other.
+    ///
+    /// # Errors
+    /// [`RequestError`].
+    pub async fn embed(&self, prompt: Prompt) -> Result<Embedding, RequestError> {
+        let request = GenerateRequest { max_tokens: Some(1), ..GenerateRequest::new(prompt) };
+        limits::check(&request)?;
+        let prompt = match &request.prompt {
+            Prompt::Tokens(tokens) => tokens.clone(),
+            Prompt::Text(text) => self.tokenize(text.clone(), EncodeOptions::PROMPT).await?,
+        };
+        let generate = Generate { task: Task::Embed, ..self.choice(&request, &prompt, 0, 0) };
+        let mut stream = self.tree.generate(generate).await?;
+        match stream.next().await {
+            Some(StreamEvent::End(Terminal::Embedded { values, usage })) => {
+                Ok(Embedding { values: unit(values), prompt_tokens: usage.prompt_tokens })
+            }
+            Some(StreamEvent::End(Terminal::Failed(failure))) => Err(RequestError::Failed(failure)),
+            Some(StreamEvent::End(Terminal::Cancelled)) | None => Err(RequestError::Failed(Failure::Lost)),
+            Some(StreamEvent::End(Terminal::Completed { reason: FinishReason::Deadline, .. })) => {
+                Err(RequestError::Failed(Failure::Deadline))
+            }
+            // Cancelled. Tokens do not come: a worker that sends one breaks the rules of its link and is ended.
+            Some(StreamEvent::End(Terminal::Completed { .. }) | StreamEvent::Token(_)) => {
+                Err(RequestError::Failed(Failure::Lost))
+            }
+        }
+    }
+
     /// The text that a conversation becomes.
     ///
     /// # Errors
@@ -95,6 +134,11 @@ impl ModelHandle {
     }
 
     async fn start(&self, request: GenerateRequest, prompt: Vec<u32>) -> Result<TokenStream, RequestError> {
+        if let Some(constraint) = request.constraint.clone() {
+            // A worker would refuse it, too, but only after the request was accepted.
+            let card = self.card.clone();
+            blocking(move || Ok(card.check(&constraint)?)).await?;
+        }
         let seed = request.seed.unwrap_or_else(draw_seed);
         let mut choices = Vec::new();
         for number in 0..request.n {
@@ -120,12 +164,14 @@ impl ModelHandle {
         }
         Generate {
             model: self.card.name.clone(),
+            task: Task::Generate,
             prompt: prompt.to_vec(),
             sampling: SamplingParams { seed, choice, ..request.sampling.clone() },
             max_tokens: request.max_tokens.unwrap_or(u32::MAX),
             min_tokens: request.min_tokens,
             stop_ids,
             logprobs: request.logprobs,
+            constraint: request.constraint.clone(),
             priority: request.priority,
             timeout: request.timeout,
         }
@@ -146,6 +192,15 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, RequestError> + Send + 'static,
 ) -> Result<T, RequestError> {
     tokio::task::spawn_blocking(work).await.unwrap_or(Err(RequestError::Stopped))
+}
+
+/// Scaled to length 1; a vector of zeros stays one.
+fn unit(mut values: Vec<f32>) -> Vec<f32> {
+    let length = values.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt();
+    if length > 0.0 {
+        values.iter_mut().for_each(|x| *x = (f64::from(*x) / length) as f32);
+    }
+    values
 }
 
 fn draw_seed() -> u64 {

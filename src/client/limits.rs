@@ -2,6 +2,7 @@
 
 use super::error::Invalid;
 use super::request::{GenerateRequest, Prompt};
+use playhouse_actors::engine::Constraint;
 
 /// Most choices of a request.
 pub const N_MAX: u32 = 16;
@@ -13,6 +14,8 @@ pub const STOPS_MAX: usize = 16;
 pub const STOP_BYTES_MAX: usize = 1024;
 /// Most stop ids.
 pub const STOP_IDS_MAX: usize = 64;
+/// Bytes of a schema, an expression or a grammar.
+pub const CONSTRAINT_BYTES_MAX: usize = 64 << 10;
 /// Most biased tokens.
 pub const LOGIT_BIAS_MAX: usize = 1024;
 /// Bytes of text in a prompt, before it is turned into tokens. A token is rarely more than a few bytes, and the longest
@@ -33,6 +36,14 @@ pub fn check(request: &GenerateRequest) -> Result<(), Invalid> {
     if let Some(max_tokens) = request.max_tokens {
         at_most("max_tokens", u64::from(max_tokens), 1, u64::from(u32::MAX))?;
         at_most("min_tokens", u64::from(request.min_tokens), 0, u64::from(max_tokens))?;
+    }
+    if let Some(Constraint::JsonSchema(text) | Constraint::Regex(text) | Constraint::Lark(text)) = &request.constraint {
+        at_most("response_format", text.len() as u64, 1, CONSTRAINT_BYTES_MAX as u64)?;
+    }
+    if request.constraint.is_some() {
+        // A text that keeps its form must be free to end where the form does.
+        at_most("min_tokens", u64::from(request.min_tokens), 0, 0)?;
+        at_most("ignore_eos", u64::from(request.ignore_eos), 0, 0)?;
     }
     check_prompt(&request.prompt)?;
     check_stops(request)?;

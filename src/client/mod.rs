@@ -16,7 +16,7 @@ mod stream;
 
 pub use card::{CardError, ModelCard, open_source};
 pub use error::{Invalid, RequestError};
-pub use handle::ModelHandle;
+pub use handle::{Embedding, ModelHandle};
 pub use request::{ChatRequest, GenerateRequest, Prompt};
 pub use stream::{Collected, End, Event, Outcome, Token, TokenStream};
 

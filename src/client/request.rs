@@ -1,7 +1,7 @@
 //! What a client asks for.
 
 use crate::text::{Message, RenderOptions};
-use playhouse_actors::engine::SamplingParams;
+use playhouse_actors::engine::{Constraint, SamplingParams};
 use std::time::Duration;
 
 /// What a text goes on from.
@@ -39,6 +39,8 @@ pub struct GenerateRequest {
     pub ignore_eos: bool,
     /// Log probabilities of the chosen token and so many others.
     pub logprobs: Option<u32>,
+    /// What the text must be: JSON, a schema, an expression, a grammar.
+    pub constraint: Option<Constraint>,
     /// Whether control tokens are left out of the text.
     pub skip_special: bool,
     /// Higher goes first where requests wait.
@@ -68,6 +70,7 @@ impl GenerateRequest {
             stop_ids: Vec::new(),
             ignore_eos: false,
             logprobs: None,
+            constraint: None,
             skip_special: true,
             priority: 0,
             timeout: None,
@@ -99,6 +102,13 @@ impl GenerateRequest {
     #[must_use]
     pub fn stop(mut self, stop: impl Into<String>) -> Self {
         self.stop.push(stop.into());
+        self
+    }
+
+    /// With text that is held to this.
+    #[must_use]
+    pub fn constraint(mut self, constraint: Constraint) -> Self {
+        self.constraint = Some(constraint);
         self
     }
 

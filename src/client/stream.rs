@@ -230,6 +230,8 @@ fn outcome_of(terminal: Terminal, hit: Option<String>) -> (Outcome, Option<u32>)
             };
             (outcome, Some(usage.cached_tokens))
         }
+        // Nobody asked; a worker that sends one breaks the rules of its link and is ended.
+        Terminal::Embedded { .. } => (Outcome::Failed(Failure::Lost), None),
         Terminal::Failed(failure) => (Outcome::Failed(failure), None),
         Terminal::Cancelled => (Outcome::Cancelled, None),
     }

@@ -1,12 +1,13 @@
 //! The engine: a resident model, a scheduler and a sampler per sequence. Schedule, run, choose, take note.
 
-use super::sampler::{Chosen, RowOptions, SampleError, Sampler};
+use super::constrain::{Constrain, Constrainer};
+use super::sampler::{Chosen, RowOptions, SampleError, Sampler, TokenMask};
 use super::scheduler::{Ended, Outcome, Scheduler, SchedulerLimits, StepPlan, Work};
 use super::validate::validate;
 use super::{StepModel, batch};
 use crate::backend::{BackendError, Batch};
 use playhouse_actors::engine::{
-    Engine, EngineError, EngineEvent, EngineRequest, EngineStats, RequestError, RequestId, StepReport,
+    Engine, EngineError, EngineEvent, EngineRequest, EngineStats, RequestError, RequestId, StepReport, Task,
 };
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -38,9 +39,21 @@ pub struct LlmEngine<M: StepModel> {
     model: M,
     scheduler: Scheduler,
     samplers: HashMap<RequestId, Sampler>,
+    constrainer: Option<Box<dyn Constrainer>>,
+    constrained: HashMap<RequestId, Box<dyn Constrain>>,
     batch: Batch,
     logits: Vec<f32>,
     counters: Counters,
+}
+
+/// The tokens that may follow, or why that cannot be said; `None` where all may.
+type Mask = Option<Result<TokenMask, RequestError>>;
+
+/// What became of a row.
+enum Settled {
+    Chosen(Chosen),
+    Embedded,
+    Failed(RequestError),
 }
 
 #[derive(Debug, Default)]
@@ -71,10 +84,19 @@ impl<M: StepModel> LlmEngine<M> {
             model,
             scheduler,
             samplers: HashMap::new(),
+            constrainer: None,
+            constrained: HashMap::new(),
             batch: Batch::default(),
             logits: Vec::new(),
             counters: Counters::default(),
         }
+    }
+
+    /// With what can hold texts to constraints; without it, requests that have one are refused.
+    #[must_use]
+    pub fn with_constrainer(mut self, constrainer: Box<dyn Constrainer>) -> Self {
+        self.constrainer = Some(constrainer);
+        self
     }
 
     /// The model.
@@ -98,46 +120,110 @@ impl<M: StepModel> LlmEngine<M> {
     }
 
     /// Chooses the next token of every sequence whose logits were computed, each on its own.
-    fn choose(&mut self, plan: &StepPlan) -> Vec<(Work, Result<Chosen, SampleError>)> {
-        let works: Vec<Work> = plan.work.iter().copied().filter(|work| work.chooses).collect();
+    fn choose(&mut self, works: &[Work]) -> Vec<Settled> {
+        let masks = self.masks(works);
         let rows = self.logits.par_chunks_mut(self.model.n_vocab());
         let (scheduler, samplers) = (&self.scheduler, &self.samplers);
-        let choose_row = |(work, row): (&Work, &mut [f32])| {
+        let choose_row = |((work, mask), row): ((&Work, Mask), &mut [f32])| {
             let sequence = scheduler.sequence(work.key);
             let request = sequence.request();
-            let options = RowOptions { forbidden: sequence.forbidden(), mask: None, n_logprobs: request.logprobs };
-            (*work, samplers[&request.id].choose(row, index_of(sequence.n_emitted()), options))
+            if request.task == Task::Embed {
+                return Settled::Embedded;
+            }
+            let mask = match mask.transpose() {
+                Ok(mask) => mask,
+                Err(error) => return Settled::Failed(error),
+            };
+            let index = index_of(sequence.n_emitted());
+            let (forbidden, n_logprobs) = (sequence.forbidden(), request.logprobs);
+            let options = RowOptions { forbidden, mask: mask.as_ref(), n_logprobs };
+            match samplers[&request.id].choose(row, index, options) {
+                Ok(chosen) => Settled::Chosen(chosen),
+                Err(error) => Settled::Failed(request_error(error, index)),
+            }
         };
-        works.par_iter().zip(rows).map(choose_row).collect()
+        works.par_iter().zip(masks).zip(rows).map(choose_row).collect()
+    }
+
+    /// What may follow in each of `works` that is held to a form.
+    fn masks(&mut self, works: &[Work]) -> Vec<Mask> {
+        let n_vocab = self.model.n_vocab();
+        let id = |work: &Work| self.scheduler.sequence(work.key).request().id;
+        let ids: Vec<RequestId> = works.iter().map(id).collect();
+        ids.iter().map(|id| Some(self.constrained.get_mut(id)?.mask(n_vocab))).collect()
+    }
+
+    /// The hidden states that embeddings asked for, in the order of `works`.
+    fn embed(&mut self, works: &[Work]) -> Result<Vec<Vec<f32>>, BackendError> {
+        let is_embed = |work: &Work| self.scheduler.sequence(work.key).request().task == Task::Embed;
+        let rows: Vec<u32> =
+            works.iter().zip(&self.batch.logit_rows).filter(|(work, _)| is_embed(work)).map(|(_, row)| *row).collect();
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut hidden = Vec::new();
+        self.model.hidden(&rows, &mut hidden)?;
+        Ok(hidden.chunks_exact(hidden.len() / rows.len()).map(<[f32]>::to_vec).collect())
+    }
+
+    /// The constraint of a request, started.
+    fn hold(&self, request: &EngineRequest) -> Result<Option<Box<dyn Constrain>>, RequestError> {
+        let Some(constraint) = &request.constraint else { return Ok(None) };
+        let Some(constrainer) = &self.constrainer else {
+            let expected = "none: this engine was loaded without a vocabulary's texts".to_owned();
+            return Err(RequestError::InvalidParam { param: "constraint".into(), found: "one".into(), expected });
+        };
+        constrainer.start(constraint, &request.stop_ids, &request.emitted).map(Some)
     }
 
     /// Turns the choices into events and hands them to the scheduler.
-    fn settle(&mut self, plan: &StepPlan, events: &mut Vec<EngineEvent>) {
+    fn settle(&mut self, plan: &StepPlan, events: &mut Vec<EngineEvent>) -> Result<(), BackendError> {
+        let works: Vec<Work> = plan.work.iter().copied().filter(|work| work.chooses).collect();
+        let mut hidden = self.embed(&works)?.into_iter();
         let mut outcomes = Vec::new();
-        for (work, chosen) in self.choose(plan) {
+        for (work, chosen) in works.iter().zip(self.choose(&works)) {
             let sequence = self.scheduler.sequence(work.key);
             let (id, index) = (sequence.request().id, index_of(sequence.n_emitted()));
+            let chosen = match (chosen, self.constrained.get_mut(&id)) {
+                (Settled::Chosen(chosen), Some(held)) => {
+                    held.push(chosen.token).map_or_else(Settled::Failed, |()| Settled::Chosen(chosen))
+                }
+                (chosen, _) => chosen,
+            };
             match chosen {
-                Ok(Chosen { token, logprobs }) => {
+                Settled::Chosen(Chosen { token, logprobs }) => {
                     self.samplers.get_mut(&id).expect("live requests have a sampler").push(token);
                     self.counters.decode_tokens += 1;
                     events.push(EngineEvent::Token { id, index, token, logprobs });
                     outcomes.push(Outcome::Token(token));
                 }
-                Err(error) => {
-                    self.samplers.remove(&id);
-                    events.push(EngineEvent::Failed { id, error: request_error(error, index) });
-                    outcomes.push(Outcome::Failed);
+                Settled::Failed(error) => {
+                    self.forget(id);
+                    events.push(EngineEvent::Failed { id, error });
+                    outcomes.push(Outcome::Without);
+                }
+                Settled::Embedded => {
+                    let usage = sequence.usage();
+                    self.forget(id);
+                    let values = hidden.next().expect("a row for each embedding");
+                    events.push(EngineEvent::Embedded { id, values, usage });
+                    outcomes.push(Outcome::Without);
                 }
             }
         }
         let ended = self.scheduler.commit(plan, &outcomes);
         self.report_ended(&ended, events);
+        Ok(())
+    }
+
+    fn forget(&mut self, id: RequestId) {
+        self.samplers.remove(&id);
+        self.constrained.remove(&id);
     }
 
     fn report_ended(&mut self, ended: &[Ended], events: &mut Vec<EngineEvent>) {
         for &Ended { id, reason, usage } in ended {
-            self.samplers.remove(&id);
+            self.forget(id);
             events.push(EngineEvent::Finished { id, reason, usage });
         }
     }
@@ -165,9 +251,11 @@ impl<M: StepModel> Engine for LlmEngine<M> {
     fn submit(&mut self, request: EngineRequest) -> Result<(), RequestError> {
         validate(&request, self.model.n_vocab())?;
         let id = request.id;
+        let held = self.hold(&request)?;
         let sampler = Sampler::new(&request.sampling, &request.prompt, &request.emitted);
         self.scheduler.submit(request)?;
         self.samplers.insert(id, sampler);
+        self.constrained.extend(held.map(|held| (id, held)));
         Ok(())
     }
 
@@ -186,7 +274,7 @@ impl<M: StepModel> Engine for LlmEngine<M> {
         batch::fill(&mut self.batch, &plan, &self.scheduler);
         self.model.run(&self.batch, &mut self.logits).map_err(engine_error)?;
         let report = self.count(&plan);
-        self.settle(&plan, events);
+        self.settle(&plan, events).map_err(engine_error)?;
         Ok(StepReport { busy: self.scheduler.is_busy(), ..report })
     }
 

@@ -39,6 +39,14 @@ pub trait StepModel {
     /// [`BackendError::Device`]: the model is lost.
     fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), BackendError>;
 
+    /// The hidden states of tokens of the last step, after the output norm: `rows` are indices into its
+    /// [`Batch::tokens`]; fills `hidden` with `rows.len() * hidden_dim` values, one row after another. Invariant as
+    /// logits are.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`].
+    fn hidden(&mut self, rows: &[u32], hidden: &mut Vec<f32>) -> Result<(), BackendError>;
+
     /// Copies whole KV blocks (`from`, `to`) in every layer, before the next step.
     ///
     /// # Errors
@@ -64,6 +72,10 @@ impl<M: StepModel + ?Sized> StepModel for Box<M> {
 
     fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), BackendError> {
         (**self).run(batch, logits)
+    }
+
+    fn hidden(&mut self, rows: &[u32], hidden: &mut Vec<f32>) -> Result<(), BackendError> {
+        (**self).hidden(rows, hidden)
     }
 
     fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), BackendError> {
