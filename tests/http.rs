@@ -207,7 +207,7 @@ async fn what_is_wrong_is_refused_by_name() {
         ("chat", &chat, json!({"logit_bias": {"1": 1000}}), 400, "logit_bias"),
         ("chat", &chat, json!({"seed": "seven"}), 400, "seed"),
         ("chat", &chat, json!({"stream": "yes"}), 400, "stream"),
-        ("chat", &chat, json!({"response_format": {"type": "xml"}}), 501, "response_format"),
+        ("chat", &chat, json!({"response_format": {"type": "xml"}}), 400, "response_format"),
         ("chat", &chat, json!({"tools": [{"type": "function", "function": {"name": "f"}}]}), 501, "tools"),
         ("chat", &chat, json!({"tools": [{"type": "function"}]}), 400, "tools[0]"),
         ("chat", &chat, json!({"tool_choice": "required"}), 501, "tool_choice"),

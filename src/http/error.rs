@@ -192,8 +192,8 @@ impl From<RequestError> for ApiError {
             RequestError::NoTemplate { .. } => Self::param("messages", error.to_string()).code("no_chat_template"),
             RequestError::Template(error) => error.into(),
             RequestError::Text(error) => Self::param("prompt", error.to_string()),
+            RequestError::Constraint(error) => Self::param("response_format", error.to_string()),
             RequestError::Refused(refusal) => refusal.into(),
-            RequestError::Constraint(_) => Self::param("response_format", error.to_string()),
             RequestError::Failed(failure) => failure.into(),
             RequestError::Stopped => Self::unavailable(error.to_string(), Duration::from_secs(5)),
         }

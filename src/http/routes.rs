@@ -43,6 +43,8 @@ pub(super) const ENDPOINTS: &[Endpoint] = &[
     endpoint!(get "/v1/models/{id}", Key, None, Some("Model"), openai::model, "One model, by name or alias"),
     endpoint!(post "/v1/chat/completions", Key, Some("ChatRequest"), Some("ChatCompletion"), openai::chat, "Go on with a conversation; a stream if `stream` is true"),
     endpoint!(post "/v1/completions", Key, Some("CompletionRequest"), Some("Completion"), openai::completions, "Go on with a text; a stream if `stream` is true"),
+    endpoint!(post "/v1/responses", Key, Some("ResponseRequest"), Some("Response"), openai::responses, "Go on with a conversation in the newer form; a stream if `stream` is true"),
+    endpoint!(post "/v1/embeddings", Key, Some("EmbeddingRequest"), Some("Embeddings"), openai::embeddings, "Texts as vectors"),
     endpoint!(post "/tokenize", Key, Some("TokenizeRequest"), Some("Tokens"), tokens::tokenize, "The tokens of a text or a conversation"),
     endpoint!(post "/detokenize", Key, Some("DetokenizeRequest"), Some("Text"), tokens::detokenize, "The text of tokens"),
     endpoint!(post "/apply-template", Key, Some("TemplateRequest"), Some("Prompt"), tokens::apply_template, "The prompt that a conversation becomes"),

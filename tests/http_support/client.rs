@@ -12,34 +12,34 @@ use tokio::net::TcpStream;
 
 /// A whole answer.
 #[derive(Debug)]
-pub struct Answer {
-    pub status: u16,
-    pub headers: hyper::HeaderMap,
-    pub body: Bytes,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: hyper::HeaderMap,
+    pub(crate) body: Bytes,
 }
 
 impl Answer {
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {:?}", self.body))
     }
 
-    pub fn text(&self) -> &str {
+    pub(crate) fn text(&self) -> &str {
         std::str::from_utf8(&self.body).expect("UTF-8")
     }
 
-    pub fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).and_then(|value| value.to_str().ok())
     }
 
     /// The error object's member.
-    pub fn error(&self, member: &str) -> Value {
+    pub(crate) fn error(&self, member: &str) -> Value {
         self.json()["error"][member].clone()
     }
 }
 
 /// A request, not sent yet.
 #[derive(Debug, Clone)]
-pub struct Call {
+pub(crate) struct Call {
     address: SocketAddr,
     method: String,
     path: String,
@@ -47,38 +47,38 @@ pub struct Call {
     body: Bytes,
 }
 
-pub fn get(address: SocketAddr, path: &str) -> Call {
+pub(crate) fn get(address: SocketAddr, path: &str) -> Call {
     Call { address, method: "GET".into(), path: path.into(), headers: vec![], body: Bytes::new() }
 }
 
-pub fn post(address: SocketAddr, path: &str, body: &Value) -> Call {
+pub(crate) fn post(address: SocketAddr, path: &str, body: &Value) -> Call {
     raw(address, path, body.to_string())
 }
 
-pub fn raw(address: SocketAddr, path: &str, body: impl Into<Bytes>) -> Call {
+pub(crate) fn raw(address: SocketAddr, path: &str, body: impl Into<Bytes>) -> Call {
     let headers = vec![("content-type".into(), "application/json".into())];
     Call { address, method: "POST".into(), path: path.into(), headers, body: body.into() }
 }
 
 impl Call {
-    pub fn header(mut self, name: &str, value: &str) -> Self {
+    pub(crate) fn header(mut self, name: &str, value: &str) -> Self {
         self.headers.push((name.into(), value.into()));
         self
     }
 
-    pub fn method(mut self, method: &str) -> Self {
+    pub(crate) fn method(mut self, method: &str) -> Self {
         self.method = method.into();
         self
     }
 
     /// Sends it; the answer's body is still to be read.
-    pub async fn open(self) -> Response<Incoming> {
+    pub(crate) async fn open(self) -> Response<Incoming> {
         let socket = TcpStream::connect(self.address).await.expect("the front listens");
         self.over(socket).await
     }
 
     /// Sends it over this connection.
-    pub async fn over<S>(self, socket: S) -> Response<Incoming>
+    pub(crate) async fn over<S>(self, socket: S) -> Response<Incoming>
     where
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
     {
@@ -103,12 +103,12 @@ impl Call {
     }
 
     /// Sends it and reads the whole answer.
-    pub async fn send(self) -> Answer {
+    pub(crate) async fn send(self) -> Answer {
         read(self.open().await).await
     }
 
     /// Sends it and reads the data of all events.
-    pub async fn events(self) -> Vec<String> {
+    pub(crate) async fn events(self) -> Vec<String> {
         let answer = self.send().await;
         assert_eq!(answer.status, 200, "{}", answer.text());
         assert_eq!(answer.header("content-type"), Some("text/event-stream; charset=utf-8"));
@@ -116,7 +116,7 @@ impl Call {
     }
 }
 
-pub async fn read(response: Response<Incoming>) -> Answer {
+pub(crate) async fn read(response: Response<Incoming>) -> Answer {
     let (parts, body) = response.into_parts();
     let collected = tokio::time::timeout(PATIENCE, body.collect()).await.expect("the body ends in time");
     let body = collected.expect("a whole body").to_bytes();
@@ -124,12 +124,12 @@ pub async fn read(response: Response<Incoming>) -> Answer {
 }
 
 /// The `data:` of each event.
-pub fn events_of(text: &str) -> Vec<String> {
+pub(crate) fn events_of(text: &str) -> Vec<String> {
     text.split("\n\n").filter_map(|event| event.strip_prefix("data: ")).map(str::to_owned).collect()
 }
 
 /// The chunks of a stream, which must end with `[DONE]`.
-pub fn chunks_of(events: &[String]) -> Vec<Value> {
+pub(crate) fn chunks_of(events: &[String]) -> Vec<Value> {
     let (last, chunks) = events.split_last().expect("events");
     assert_eq!(last, "[DONE]");
     chunks.iter().map(|chunk| serde_json::from_str(chunk).expect("a chunk is JSON")).collect()

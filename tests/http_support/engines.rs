@@ -10,7 +10,7 @@ use std::time::Duration;
 
 /// How fast a [`Speaker`] goes.
 #[derive(Clone)]
-pub enum Pace {
+pub(crate) enum Pace {
     /// As fast as it can.
     Free,
     /// One step for each permit that the test gives.
@@ -21,13 +21,13 @@ pub enum Pace {
 
 /// Steps that an engine may take.
 #[derive(Default)]
-pub struct Gate {
+pub(crate) struct Gate {
     permits: Mutex<u64>,
     given: Condvar,
 }
 
 impl Gate {
-    pub fn give(&self, n: u64) {
+    pub(crate) fn give(&self, n: u64) {
         *self.permits.lock().expect("not poisoned") += n;
         self.given.notify_all();
     }
@@ -47,16 +47,26 @@ impl Gate {
 
 /// What a [`Speaker`] did, for the test to look at.
 #[derive(Clone, Default)]
-pub struct Counts {
-    pub steps: Arc<AtomicU64>,
-    pub submitted: Arc<AtomicU64>,
-    pub cancelled: Arc<AtomicU64>,
-    pub running: Arc<AtomicU32>,
-    pub tokens: Arc<AtomicU64>,
+pub(crate) struct Counts {
+    pub(crate) steps: Arc<AtomicU64>,
+    pub(crate) submitted: Arc<AtomicU64>,
+    pub(crate) cancelled: Arc<AtomicU64>,
+    pub(crate) running: Arc<AtomicU32>,
+    pub(crate) tokens: Arc<AtomicU64>,
+}
+
+/// When each token of a request left its engine; requests are known by the first token of their prompt.
+#[derive(Clone, Default)]
+pub(crate) struct Emitted(Arc<Mutex<std::collections::HashMap<u32, Vec<std::time::Instant>>>>);
+
+impl Emitted {
+    pub(crate) fn of(&self, prompt: u32) -> Vec<std::time::Instant> {
+        self.0.lock().expect("not poisoned").get(&prompt).cloned().unwrap_or_default()
+    }
 }
 
 /// Says a fixed list of tokens to every request, one token a step, again from the start when it is through.
-pub struct Speaker {
+pub(crate) struct Speaker {
     script: Vec<u32>,
     /// Whether the end of the script is the end of the text.
     ends: bool,
@@ -65,12 +75,27 @@ pub struct Speaker {
     running: Vec<EngineRequest>,
     ended: Vec<RequestId>,
     stats: EngineStats,
+    emitted: Option<Emitted>,
 }
 
 impl Speaker {
-    pub fn new(script: Vec<u32>, ends: bool, pace: Pace, counts: Counts) -> Self {
+    pub(crate) fn new(script: Vec<u32>, ends: bool, pace: Pace, counts: Counts) -> Self {
         assert!(!script.is_empty());
-        Self { script, ends, pace, counts, running: vec![], ended: vec![], stats: EngineStats::default() }
+        Self {
+            script,
+            ends,
+            pace,
+            counts,
+            running: vec![],
+            ended: vec![],
+            stats: EngineStats::default(),
+            emitted: None,
+        }
+    }
+
+    /// Notes when each token leaves.
+    pub(crate) fn telling(self, emitted: Emitted) -> Self {
+        Self { emitted: Some(emitted), ..self }
     }
 
     fn may_step(&self) -> bool {
@@ -132,6 +157,8 @@ impl Engine for Speaker {
         self.stats.steps += 1;
         let (script, ends) = (&self.script, self.ends);
         let mut n_tokens = 0;
+        let now = std::time::Instant::now();
+        let mut emitted = self.emitted.as_ref().map(|emitted| emitted.0.lock().expect("not poisoned"));
         self.running.retain_mut(|request| {
             let index = request.emitted.len();
             let token = script[index % script.len()];
@@ -139,6 +166,9 @@ impl Engine for Speaker {
                 |n: &u32| TokenLogprobs { chosen: -0.5, top: vec![Logprob { token, logprob: -0.5 }; *n as usize] };
             let logprobs = request.logprobs.as_ref().map(top);
             events.push(EngineEvent::Token { id: request.id, index: index as u32, token, logprobs });
+            if let Some(emitted) = &mut emitted {
+                emitted.entry(request.prompt[0]).or_default().push(now);
+            }
             request.emitted.push(token);
             n_tokens += 1;
             let reason = if (ends && request.emitted.len() == script.len()) || request.stop_ids.contains(&token) {

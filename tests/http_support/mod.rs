@@ -3,8 +3,8 @@
 
 #![allow(dead_code, reason = "each test file uses a part")]
 
-pub mod client;
-pub mod engines;
+pub(crate) mod client;
+pub(crate) mod engines;
 
 use playhouse::backend::KvDtype;
 use playhouse::backend::cpu::CpuBackend;
@@ -29,41 +29,43 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 /// Longer than anything here takes; a test that waits so long has failed.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A model's engine, made on the thread that will own it.
-pub struct Loaded {
-    pub engine: Box<dyn Engine>,
-    pub n_ctx: u32,
-    pub n_vocab: u32,
+pub(crate) struct Loaded {
+    pub(crate) engine: Box<dyn Engine>,
+    pub(crate) n_ctx: u32,
+    pub(crate) n_vocab: u32,
 }
 
 /// Makes engines.
-pub type Loader = Arc<dyn Fn(&WorkerSpec) -> Result<Loaded, String> + Send + Sync>;
+pub(crate) type Loader = Arc<dyn Fn(&WorkerSpec) -> Result<Loaded, String> + Send + Sync>;
 
 /// The real engine over the model that the worker was told to load.
-pub fn real(spec: &WorkerSpec) -> Result<Loaded, String> {
+pub(crate) fn real(spec: &WorkerSpec) -> Result<Loaded, String> {
     let file = open_source(&spec.source).map_err(|error| error.to_string())?;
     let n_ctx = spec.context.unwrap_or(256) as usize;
     let limits = RunnerLimits::new(n_ctx, spec.max_sequences as usize, KvDtype::F32);
     let runner =
         Runner::load(&file, CpuBackend::with_threads(1), limits, &mut |_| {}).map_err(|error| error.to_string())?;
     let n_vocab = u32::try_from(runner.spec().n_vocab).expect("small");
-    let engine = Box::new(LlmEngine::new(runner, EngineOptions::default()));
+    let tokenizer = move || playhouse::text::Tokenizer::from_gguf(&file).map_err(|error| error.to_string());
+    let constrainer = Box::new(playhouse::grammar::LazyGrammars::new(Box::new(tokenizer)));
+    let engine = Box::new(LlmEngine::new(runner, EngineOptions::default()).with_constrainer(constrainer));
     Ok(Loaded { engine, n_ctx: n_ctx as u32, n_vocab })
 }
 
 /// Starts workers that are threads.
-pub struct ThreadWorkers {
-    pub loader: Loader,
+pub(crate) struct ThreadWorkers {
+    pub(crate) loader: Loader,
     /// Workers started so far.
-    pub started: Arc<AtomicU32>,
+    pub(crate) started: Arc<AtomicU32>,
     /// Kill switches of the workers, oldest first.
-    pub kills: Arc<Mutex<Vec<Arc<AtomicBool>>>>,
+    pub(crate) kills: Arc<Mutex<Vec<Arc<AtomicBool>>>>,
 }
 
 impl ThreadWorkers {
-    pub fn new(loader: Loader) -> Self {
+    pub(crate) fn new(loader: Loader) -> Self {
         Self { loader, started: Arc::default(), kills: Arc::default() }
     }
 }
@@ -175,7 +177,7 @@ fn run(
 }
 
 /// An inventory without GPUs.
-pub struct NoGpus;
+pub(crate) struct NoGpus;
 
 impl Inventory for NoGpus {
     fn devices(&mut self) -> Result<Vec<Device>, InventoryError> {
@@ -188,12 +190,12 @@ impl Inventory for NoGpus {
 }
 
 /// The part of a host that a front needs.
-pub struct TestControl {
-    pub tree: HouseHandle,
-    pub models: Vec<ConfiguredModel>,
-    pub log: EventLog,
+pub(crate) struct TestControl {
+    pub(crate) tree: HouseHandle,
+    pub(crate) models: Vec<ConfiguredModel>,
+    pub(crate) log: EventLog,
     /// What was asked for.
-    pub calls: Mutex<Vec<String>>,
+    pub(crate) calls: Mutex<Vec<String>>,
 }
 
 impl Control for TestControl {
@@ -233,25 +235,25 @@ impl TestControl {
 }
 
 /// A house with its front.
-pub struct TestHouse {
-    pub address: SocketAddr,
-    pub client: Client,
-    pub control: Arc<TestControl>,
-    pub kills: Arc<Mutex<Vec<Arc<AtomicBool>>>>,
-    pub started: Arc<AtomicU32>,
-    pub stop: CancellationToken,
-    pub served: tokio::task::JoinHandle<Result<(), playhouse::http::ServeError>>,
-    pub front: Front,
+pub(crate) struct TestHouse {
+    pub(crate) address: SocketAddr,
+    pub(crate) client: Client,
+    pub(crate) control: Arc<TestControl>,
+    pub(crate) kills: Arc<Mutex<Vec<Arc<AtomicBool>>>>,
+    pub(crate) started: Arc<AtomicU32>,
+    pub(crate) stop: CancellationToken,
+    pub(crate) served: tokio::task::JoinHandle<Result<(), playhouse::http::ServeError>>,
+    pub(crate) front: Front,
 }
 
 /// What a house is made with.
-pub struct Setup {
-    pub config: Config,
-    pub settings: HttpSettings,
-    pub loader: Loader,
+pub(crate) struct Setup {
+    pub(crate) config: Config,
+    pub(crate) settings: HttpSettings,
+    pub(crate) loader: Loader,
     /// Models are also known by these cards, whatever the configuration says.
-    pub cards: Vec<Arc<ModelCard>>,
-    pub listen: SocketAddr,
+    pub(crate) cards: Vec<Arc<ModelCard>>,
+    pub(crate) listen: SocketAddr,
 }
 
 impl Default for Setup {
@@ -267,7 +269,7 @@ impl Default for Setup {
 
 impl Setup {
     /// With another engine.
-    pub fn engine(mut self, make: impl Fn() -> Box<dyn Engine> + Send + Sync + 'static) -> Self {
+    pub(crate) fn engine(mut self, make: impl Fn() -> Box<dyn Engine> + Send + Sync + 'static) -> Self {
         self.loader = Arc::new(move |_: &WorkerSpec| Ok(Loaded { engine: make(), n_ctx: 4096, n_vocab: 1 << 17 }));
         for model in &mut self.config.models {
             model.context = None;
@@ -276,14 +278,14 @@ impl Setup {
     }
 
     /// Starts house and front; returns when the first model is ready.
-    pub async fn start(self) -> TestHouse {
+    pub(crate) async fn start(self) -> TestHouse {
         let house = self.start_unready().await;
         house.wait_ready().await;
         house
     }
 
     /// Starts house and front.
-    pub async fn start_unready(self) -> TestHouse {
+    pub(crate) async fn start_unready(self) -> TestHouse {
         let cards = if self.cards.is_empty() {
             let read = |model: &Model| Arc::new(ModelCard::read(model).expect("the embedded model is whole"));
             self.config.models.iter().map(read).collect()
@@ -337,12 +339,12 @@ impl Setup {
 
 impl TestHouse {
     /// Waits until every required model has a ready replica.
-    pub async fn wait_ready(&self) {
+    pub(crate) async fn wait_ready(&self) {
         self.wait("ready", |status| status.is_ready()).await;
     }
 
     /// Waits until the house is as `is_so` says.
-    pub async fn wait(&self, what: &str, is_so: impl Fn(&playhouse_actors::HouseStatus) -> bool) {
+    pub(crate) async fn wait(&self, what: &str, is_so: impl Fn(&playhouse_actors::HouseStatus) -> bool) {
         let mut ticks = tokio::time::interval(Duration::from_millis(5));
         let waiting = async {
             loop {
@@ -356,12 +358,12 @@ impl TestHouse {
     }
 
     /// Kills the worker that was started last, as `kill -9` would.
-    pub fn kill_worker(&self) {
+    pub(crate) fn kill_worker(&self) {
         self.kills.lock().expect("not poisoned").last().expect("a worker").store(true, Ordering::Relaxed);
     }
 
     /// Ends front and house.
-    pub async fn shut_down(self) {
+    pub(crate) async fn shut_down(self) {
         self.stop.cancel();
         tokio::time::timeout(PATIENCE, self.served).await.expect("in time").expect("no panic").expect("served");
         self.client.tree().stop().await;
@@ -369,7 +371,7 @@ impl TestHouse {
 }
 
 /// A card of the embedded model under another name and with another chat template.
-pub fn card_with_template(name: &str, template: &str) -> Arc<ModelCard> {
+pub(crate) fn card_with_template(name: &str, template: &str) -> Arc<ModelCard> {
     let model = Model { name: name.into(), source: ModelSource::Embedded("basho".into()), ..Model::default() };
     let mut card = ModelCard::read(&model).expect("the embedded model is whole");
     let tokens = playhouse::text::TemplateTokens::of(&card.tokenizer);

@@ -132,7 +132,7 @@ impl Whole {
 }
 
 /// What is asked of the house, and what the model will speak.
-fn request(body: &mut ChatBody, card: &Arc<ModelCard>) -> Result<(ChatRequest, Syntax), ApiError> {
+pub(super) fn request(body: &mut ChatBody, card: &Arc<ModelCard>) -> Result<(ChatRequest, Syntax), ApiError> {
     let template = card.template.as_ref().map_or("", |template| template.source());
     let mut generate = GenerateRequest::text("");
     body.sampling().apply(&mut generate)?;
@@ -148,6 +148,11 @@ fn request(body: &mut ChatBody, card: &Arc<ModelCard>) -> Result<(ChatRequest, S
     let syntax = Syntax::of(template, tools.is_some());
     if syntax.needs_control_tokens() {
         generate.skip_special = false;
+        if generate.constraint.is_some() {
+            // The channels of its answers are text, too: no form but harmony's own would hold.
+            let message = "this model's answers have channels, which a `response_format` does not allow for";
+            return Err(ApiError::not_supported("response_format", message));
+        }
     }
     let mut kwargs = body.chat_template_kwargs.take().unwrap_or_default();
     if let Some(effort) = body.reasoning_effort.take() {

@@ -2,6 +2,7 @@
 
 use super::super::error::ApiError;
 use crate::client::GenerateRequest;
+use playhouse_actors::engine::Constraint;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 use serde_json::{Map, Value};
@@ -40,6 +41,9 @@ macro_rules! with_sampling {
             priority: Option<i32>,
             best_of: Option<u32>,
             response_format: Option<$crate::http::openai::request::ResponseFormat>,
+            guided_json: Option<serde_json::Value>,
+            guided_regex: Option<String>,
+            guided_grammar: Option<String>,
             #[serde(rename = "user")]
             _user: Option<String>,
         }
@@ -67,6 +71,14 @@ macro_rules! with_sampling {
                     priority: self.priority,
                     best_of: self.best_of,
                     response_format: self.response_format.take(),
+                    guided: [
+                        self.guided_json.take().map(|schema| $crate::http::openai::request::json_schema(&schema)),
+                        self.guided_regex.take().map(playhouse_actors::engine::Constraint::Regex),
+                        self.guided_grammar.take().map(playhouse_actors::engine::Constraint::Lark),
+                    ]
+                    .into_iter()
+                    .flatten()
+                    .collect(),
                 }
             }
         }
@@ -115,6 +127,40 @@ impl StreamOptions {
 pub(super) struct ResponseFormat {
     #[serde(rename = "type")]
     kind: String,
+    json_schema: Option<JsonSchema>,
+    /// The Responses API has the schema here.
+    schema: Option<Value>,
+}
+
+#[derive(Debug, Deserialize)]
+struct JsonSchema {
+    schema: Option<Value>,
+}
+
+impl ResponseFormat {
+    fn constraint(self) -> Result<Option<Constraint>, ApiError> {
+        match self.kind.as_str() {
+            "text" => Ok(None),
+            "json_object" => Ok(Some(Constraint::JsonObject)),
+            "json_schema" => {
+                let schema = self.json_schema.and_then(|outer| outer.schema).or(self.schema);
+                let schema = schema.filter(|schema| schema.is_object() || schema.is_boolean());
+                let missing =
+                    || ApiError::param("response_format.json_schema", "a schema is needed: `json_schema.schema`");
+                Ok(Some(json_schema(&schema.ok_or_else(missing)?)))
+            }
+            kind => {
+                let shown: String = kind.chars().take(40).collect();
+                let message = format!("`{shown}` is not a format; expected `text`, `json_object` or `json_schema`");
+                Err(ApiError::param("response_format", message))
+            }
+        }
+    }
+}
+
+/// vLLM takes a schema as JSON and as text that is JSON.
+pub(super) fn json_schema(schema: &Value) -> Constraint {
+    Constraint::JsonSchema(schema.as_str().map_or_else(|| schema.to_string(), str::to_owned))
 }
 
 /// What [`with_sampling`] bodies have in common.
@@ -139,6 +185,8 @@ pub(super) struct Sampling {
     pub(super) priority: Option<i32>,
     pub(super) best_of: Option<u32>,
     pub(super) response_format: Option<ResponseFormat>,
+    /// vLLM's names for the same.
+    pub(super) guided: Vec<Constraint>,
 }
 
 impl Sampling {
@@ -151,10 +199,11 @@ impl Sampling {
         if self.best_of.is_some_and(|best_of| best_of != request.n) {
             return Err(ApiError::not_supported("best_of", "`best_of` other than `n` is not supported"));
         }
-        if let Some(format) = self.response_format.filter(|format| format.kind != "text") {
-            let shown: String = format.kind.chars().take(40).collect();
-            let message = format!("`response_format` of type `{shown}` is not supported; expected `text`");
-            return Err(ApiError::not_supported("response_format", message));
+        let format = self.response_format.map(ResponseFormat::constraint).transpose()?.flatten();
+        let mut constraints = format.into_iter().chain(self.guided);
+        request.constraint = constraints.next();
+        if constraints.next().is_some() {
+            return Err(ApiError::param("response_format", "a text can be held to one format only"));
         }
         let sampling = &mut request.sampling;
         set(&mut sampling.temperature, self.temperature);
@@ -337,7 +386,9 @@ mod tests {
     fn what_is_not_done_is_refused() {
         for (field, param) in [
             (r#""best_of": 3"#, "best_of"),
-            (r#""response_format": {"type": "json_object"}"#, "response_format"),
+            (r#""response_format": {"type": "xml"}"#, "response_format"),
+            (r#""response_format": {"type": "json_schema"}"#, "response_format.json_schema"),
+            (r#""response_format": {"type": "json_object"}, "guided_regex": "a""#, "response_format"),
             (r#""top_k": -2"#, "top_k"),
             (r#""logit_bias": {"moon": 1}"#, "logit_bias"),
         ] {
