@@ -16,6 +16,7 @@
 //! | [`client`] | what programs hold of a running house: models by name, requests, streams of text; every bound of a request | `text`, `gguf`, `models`, `actors` |
 //! | [`worker`] | one replica's engine in a process or thread of its own, and the host's link to it | `engine` and below, `basho`, `actors` |
 //! | [`host`] | the long-running process: admin socket, signals, service manager | everyone |
+//! | [`http`] | the HTTP front: the OpenAI API, metrics, the dashboard, and what keeps them standing | `client`, `text`, `actors` |
 //! | [`cli`] | the commands | everyone |
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the life of one request.
@@ -29,6 +30,7 @@ pub mod engine;
 pub mod gguf;
 pub mod grammar;
 pub mod host;
+pub mod http;
 pub mod models;
 pub mod synth;
 pub mod text;

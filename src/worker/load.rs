@@ -99,8 +99,11 @@ pub(super) fn load(
     let (n_ctx, n_vocab) = (model.n_ctx(), model.n_vocab());
     let options = EngineOptions { max_sequences: spec.max_sequences.max(1) as usize, ..EngineOptions::default() };
     let source = spec.source.clone();
-    let tokenizer =
-        move || Ok(Tokenizer::from_gguf(&open(&source).map_err(|e| e.to_string())?).map_err(|e| e.to_string())?);
+    // Read again, and only if a text is to be held to a form.
+    let tokenizer = move || {
+        let file = open(&source).map_err(|error| error.to_string())?;
+        Tokenizer::from_gguf(&file).map_err(|error| error.to_string())
+    };
     let engine = LlmEngine::new(model, options).with_constrainer(Box::new(LazyGrammars::new(Box::new(tokenizer))));
     Ok(Loaded { engine, kv_min_bytes, n_ctx, n_vocab })
 }
