@@ -60,7 +60,12 @@ impl Stage {
 
     fn serve(&self) -> Host {
         let mut command = self.command();
-        command.arg("serve").arg(self.path("house.toml")).env("NOTIFY_SOCKET", self.path("notify"));
+        command.arg("serve").arg(self.path("house.toml"));
+        self.start(command)
+    }
+
+    fn start(&self, mut command: Command) -> Host {
+        command.env("NOTIFY_SOCKET", self.path("notify"));
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the binary runs");
         let stderr = child.stderr.take().expect("piped");
         let (lines, log) = channel();
@@ -260,6 +265,28 @@ fn a_second_host_runs_without_the_socket_and_names_the_first() {
     assert_eq!(stage.ps()["host"]["pid"], u64::from(first.child.id()), "the first still answers");
     second.signal(Signal::TERM);
     assert_eq!(second.end().code(), Some(0));
+}
+
+/// Needs the right to mount, if only in a namespace of its own; without it there is no disk to fill, and the test says so.
+#[test]
+fn a_host_whose_disk_is_full_runs_without_the_socket() {
+    if !Command::new("unshare").args(["-rm", "true"]).output().is_ok_and(|output| output.status.success()) {
+        println!("this user may not mount: not tested");
+        return;
+    }
+    let stage = Stage::new(&["one"]);
+    let full = stage.path("full");
+    std::fs::create_dir(&full).expect("makeable");
+    let mut command = Command::new("unshare");
+    // One inode is the folder itself, the other the lock file's: the socket's name is one too many.
+    let script = "mount -t tmpfs -o nr_inodes=2 none \"$1\" && exec \"$2\" serve \"$3\"";
+    command.args(["-rm", "sh", "-c", script, "sh"]).arg(&full).arg(env!("CARGO_BIN_EXE_playhouse"));
+    command.arg(stage.path("house.toml")).env("PLAYHOUSE_HOST_ADMIN_SOCKET", full.join("admin.sock"));
+    let mut host = stage.start(command);
+    host.logged("the host goes on without: no room for the admin socket");
+    stage.wait_for("READY");
+    host.signal(Signal::TERM);
+    assert_eq!(host.end().code(), Some(0));
 }
 
 #[test]
