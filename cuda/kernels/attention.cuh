@@ -31,10 +31,11 @@ struct AttentionArgs {
     const AttentionItem *items; // [n_items]
     const unsigned *tables;     // block tables
     const unsigned *positions;  // [n]
-    float *partial;             // [n_items][kv head][split][16 rows][HS + 2] when split over blocks
+    float *partial;             // [n_items][kv head][split][partial_rows][HS + 2] when split over blocks
     float scale, softcap;       // softcap 0: off
     int n_heads, n_kv_heads, window; // window 0: off
     int max_splits, out_stride;
+    int partial_rows;           // most rows of an item, at most 16
 };
 
 // State of a row's softmax: maximum, sum, and weighted sum of values (kept by the caller).

@@ -41,9 +41,10 @@ template <int HS> DEVICE void attention_decode(const AttentionArgs &args) {
     }
     dependents_may_start();
     float *out = args.partial +
-                 ((static_cast<size_t>(blockIdx.x) * args.n_kv_heads + kv_head) * args.max_splits + split) * 16 * (HS + 2);
+                 ((static_cast<size_t>(blockIdx.x) * args.n_kv_heads + kv_head) * args.max_splits + split) * args.partial_rows * (HS + 2);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
+        if (lane / 4 + 8 * r >= args.partial_rows) break;
         float *row = out + (lane / 4 + 8 * r) * (HS + 2);
         if (lane % 4 == 0) row[HS] = rows.m[r], row[HS + 1] = rows.l[r];
 #pragma unroll
@@ -54,7 +55,7 @@ template <int HS> DEVICE void attention_decode(const AttentionArgs &args) {
     }
 }
 
-// Merges the splits of one row. Grid (n_items, NKV, 16), block 32.
+// Merges the splits of one row. Grid (n_items, NKV, partial_rows), block 32.
 template <int HS> DEVICE void attention_merge(const AttentionArgs &args) {
     wait_for_predecessor();
     const AttentionItem item = args.items[blockIdx.x];
@@ -66,12 +67,12 @@ template <int HS> DEVICE void attention_merge(const AttentionArgs &args) {
     const int high = args.positions[item.first_token + last_row / group];
     int first, end;
     tile_range(low, high, args.window, first, end);
-    const float *in = args.partial + (static_cast<size_t>(blockIdx.x) * args.n_kv_heads + kv_head) * args.max_splits * 16 * (HS + 2) +
+    const float *in = args.partial + (static_cast<size_t>(blockIdx.x) * args.n_kv_heads + kv_head) * args.max_splits * args.partial_rows * (HS + 2) +
                       blockIdx.z * (HS + 2);
     constexpr int PER_LANE = (HS + WARP - 1) / WARP;
     float m = -CUDART_INF_F, l = 0.0f, o[PER_LANE] = {};
     for (int split = first / SPLIT_TILES; split <= (end - 1) / SPLIT_TILES; split++) {
-        const float *part = in + static_cast<size_t>(split) * 16 * (HS + 2);
+        const float *part = in + static_cast<size_t>(split) * args.partial_rows * (HS + 2);
         const float m2 = part[HS], l2 = part[HS + 1];
         if (m2 == -CUDART_INF_F) continue;
         float keep, take;

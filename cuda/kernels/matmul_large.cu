@@ -120,37 +120,53 @@ template <int KIND, int NT> DEVICE void matmul_large(const MatmulArgs &args) {
         }
     }
     dependents_may_start();
+    if (stripe >= args.n_stripes) return;
 
 #pragma unroll
     for (int j = 0; j < NT / 8; j++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int row = stripe * TILE_ROWS + lane / 4 + 8 * (e / 2);
-            const int column = first_column + 8 * j + 2 * (lane % 4) + e % 2;
-            if (column >= args.n || stripe >= args.n_stripes) continue;
+        for (int e = 0; e < 2; e++) {
+            const int column = first_column + 8 * j + 2 * (lane % 4) + e;
+            if (column >= args.n) continue;
             if (args.gather != nullptr && args.gather[column] < 0) continue;
+            const int row = stripe * TILE_ROWS + lane / 4;
             if (gridDim.z > 1) {
                 const size_t rows = static_cast<size_t>(args.n_stripes) * TILE_ROWS;
-                args.partial[(static_cast<size_t>(blockIdx.z) * args.n + column) * rows + row] = total[j][e];
+                float *sums = args.partial + (static_cast<size_t>(blockIdx.z) * args.n + column) * rows + row;
+                sums[0] = total[j][e], sums[8] = total[j][e + 2];
+            } else if (args.epilogue == GATED_F16) {
+                finish_gated(args, total[j][e], total[j][e + 2], mat, stripe * 8 + lane / 4, column);
             } else {
-                const float sum[1] = {total[j][e]};
-                finish<1>(args, sum, mat, row, column);
+                finish(args, total[j][e], mat, row, column);
+                finish(args, total[j][e + 2], mat, row + 8, column);
             }
         }
     }
 }
 
-// y from the sums of chunks, added in ascending order. Grid (ceil(stripes * 16 / 256), n), block 256.
+// y from the sums of chunks, added in ascending order. Grid (ceil(stripes * 16 / 256), n), block 256; a gated matrix needs half
+// the threads.
 extern "C" __global__ void __launch_bounds__(256) matmul_reduce(const MatmulArgs args, int n_chunks, int column_tile) {
     wait_for_predecessor();
-    const int row = blockIdx.x * 256 + threadIdx.x, column = blockIdx.y;
-    const size_t rows = static_cast<size_t>(args.n_stripes) * TILE_ROWS;
-    const int mat = args.mat_of == nullptr ? 0 : args.mat_of[column / column_tile];
-    if (row >= rows || mat < 0 || (args.gather != nullptr && args.gather[column] < 0)) return;
-    float sum[1] = {};
-    for (int c = 0; c < n_chunks; c++) sum[0] += args.partial[(static_cast<size_t>(c) * args.n + column) * rows + row];
-    finish<1>(args, sum, mat, row, column);
     dependents_may_start();
+    const int i = blockIdx.x * 256 + threadIdx.x, column = blockIdx.y;
+    const bool gated = args.epilogue == GATED_F16;
+    const int rows = args.n_stripes * TILE_ROWS;
+    const int mat = args.mat_of == nullptr ? 0 : args.mat_of[column / column_tile];
+    if (i >= (gated ? rows / 2 : rows) || mat < 0 || (args.gather != nullptr && args.gather[column] < 0)) return;
+    const int cell = gated ? i / 8 * TILE_ROWS + i % 8 : i;
+    const float *sums = args.partial + static_cast<size_t>(column) * rows + cell;
+    const size_t step = static_cast<size_t>(args.n) * rows;
+    float sum = 0.0f, sum_up = 0.0f;
+    for (int c = 0; c < n_chunks; c++) {
+        sum += sums[c * step];
+        if (gated) sum_up += sums[c * step + 8];
+    }
+    if (gated) {
+        finish_gated(args, sum, sum_up, mat, i, column);
+    } else {
+        finish(args, sum, mat, i, column);
+    }
 }
 
 #define MATMUL_LARGE(NAME, KIND, NT)                                                                                   \

@@ -56,7 +56,7 @@ fn matrix(bench: &Bench, random: &mut Random, format: Format, n_rows: usize, n_c
     let part = Part { format, n_rows };
     let matrix = Matrix::new(&bench.arena, "w", &[part], Layout::Stacked, n_cols, n_mats).expect("fits");
     let rows = random_rows(random, format, n_rows * n_mats, n_cols);
-    matrix.fill(&bench.kernels, 0, format, &bench.upload(&rows)).expect("launches");
+    matrix.fill(&bench.kernels, 0, format, &[&bench.upload(&rows)]).expect("launches");
     let padded = n_rows.next_multiple_of(TILE_ROWS);
     let unpacked = bench.zeros::<f32>(n_mats * padded * n_cols);
     matrix.unpack(&bench.kernels, &unpacked).expect("launches");
@@ -127,7 +127,7 @@ fn experts_and_gates_give_the_same_bits_one_by_one_and_in_tiles() {
     let gather: Vec<i32> = (0..tiles * 32).map(|c| if c < n as i32 { c } else { -1 }).collect();
     let y = bench.zeros::<f32>(64 * n_rows);
     let partial = bench.zeros::<f32>(8 * 64 * n_rows);
-    let experts = Experts::Tiles { mats: bench.upload(&[3, 1]), gather: bench.upload(&gather), column_tile: 32 };
+    let experts = Experts::Tiles { mats: bench.upload(&[3, 1]), gather: Some(bench.upload(&gather)), column_tile: 32 };
     let output = Output::Store(Rows { data: y.clone(), stride: n_rows });
     let op = Product { matrix: &case.matrix, x: &x, n: 64, bias: None, bias_up: None, experts, output };
     op.launch(&bench.kernels, &partial).expect("launches");
@@ -149,26 +149,29 @@ fn a_gated_product_is_the_gate_of_its_two_products() {
     let Some(bench) = bench("a_gated_product_is_the_gate_of_its_two_products") else { return };
     let mut random = Random(3);
     let format = Format::by_name("Q4_K").expect("listed");
-    let (n_rows, n_cols, n) = (80, 512, 5);
+    let (n_rows, n_cols, n) = (76, 512, 40);
     let part = Part { format, n_rows };
     let rows = [0, 1].map(|_| bench.upload(&random_rows(&mut random, format, n_rows, n_cols)));
-    let both = Matrix::new(&bench.arena, "gate and up", &[part, part], Layout::Interleaved, n_cols, 1).expect("fits");
+    let both = Matrix::new(&bench.arena, "gate and up", &[part, part], Layout::Gated, n_cols, 1).expect("fits");
     let single = |rows: &Buffer<u8>| {
         let one = Matrix::new(&bench.arena, "one", &[part], Layout::Stacked, n_cols, 1).expect("fits");
-        one.fill(&bench.kernels, 0, format, rows).expect("launches");
+        one.fill(&bench.kernels, 0, format, &[rows]).expect("launches");
         one
     };
-    for (i, rows) in rows.iter().enumerate() {
-        both.fill(&bench.kernels, i, format, rows).expect("launches");
-    }
+    both.fill(&bench.kernels, 0, format, &[&rows[0], &rows[1]]).expect("launches");
     let (x, _) = activations(&bench, &mut random, n, n_cols);
-    let h = bench.zeros::<f16>(n * n_rows);
-    let output = Output::Gated(HalfRows { data: h.clone(), stride: n_rows }, Gate::SwiGlu);
-    let op = Product { matrix: &both, x: &x, n, bias: None, bias_up: None, experts: Experts::One, output };
-    op.launch(&bench.kernels, &bench.zeros(1)).expect("launches");
+    let gated = |n: usize| {
+        let h = bench.zeros::<f16>(n * n_rows);
+        let output = Output::Gated(HalfRows { data: h.clone(), stride: n_rows }, Gate::SwiGlu);
+        let op = Product { matrix: &both, x: &x, n, bias: None, bias_up: None, experts: Experts::One, output };
+        op.launch(&bench.kernels, &bench.zeros(8 * n * 2 * n_rows)).expect("launches");
+        download(&h)
+    };
+    let h = gated(5);
+    assert_eq!(h, gated(n)[..h.len()], "the large kernel gives the small one's bits");
     let gate = product(&bench, &single(&rows[0]), &x, n);
     let up = product(&bench, &single(&rows[1]), &x, n);
-    for (i, h) in download(&h).iter().enumerate() {
+    for (i, h) in h.iter().enumerate() {
         let (g, u) = (f64::from(gate[i]), f64::from(up[i]));
         let exact = g / (1.0 + (-g).exp()) * u;
         assert!((h.to_f64() - exact).abs() <= exact.abs() * 1e-3 + 1e-6, "{i}: {h} is not {exact}");
@@ -182,7 +185,7 @@ fn misuse_is_an_error() {
     let odd = Matrix::new(&bench.arena, "w", &[Part { format, n_rows: 16 }], Layout::Stacked, 896, 1);
     assert!(odd.is_err_and(|e| e.to_string().contains("whole blocks")));
     let good = Matrix::new(&bench.arena, "w", &[Part { format, n_rows: 16 }], Layout::Stacked, 256, 1).expect("fits");
-    let short = good.fill(&bench.kernels, 0, format, &bench.zeros(10));
+    let short = good.fill(&bench.kernels, 0, format, &[&bench.zeros(10)]);
     assert!(short.is_err_and(|e| e.to_string().contains("10 bytes")));
     let too_large = bench.arena.alloc::<u8>(64 << 30, "all of it");
     assert!(too_large.is_err_and(|e| e.to_string().contains("out of memory")));

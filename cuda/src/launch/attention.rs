@@ -12,7 +12,7 @@ pub const BLOCK_TOKENS: usize = 32;
 pub const SPLIT: usize = 128;
 /// Positions of a tile. Mirrors `KV_TILE`.
 const TILE: usize = 64;
-/// Rows of a decode item.
+/// Most rows of a decode item.
 pub const DECODE_ROWS: usize = 16;
 /// Rows of a prefill item.
 pub const PREFILL_ROWS: usize = 64;
@@ -123,11 +123,30 @@ struct AttentionArgs {
     window: i32,
     max_splits: i32,
     out_stride: i32,
+    partial_rows: i32,
 }
 
-/// f32 elements of work space for decoding `n_items` items over at most `max_splits` splits.
-pub fn decode_partial_len(heads: Heads, n_items: usize, max_splits: usize) -> usize {
-    n_items * heads.n_kv_heads * max_splits * DECODE_ROWS * (heads.head_dim + 2)
+/// Rows of the largest item that [`Item::cut`] makes of one token in pieces of [`DECODE_ROWS`].
+pub fn rows_of_one_token(heads: Heads) -> usize {
+    (heads.n_heads / heads.n_kv_heads).min(DECODE_ROWS)
+}
+
+/// f32 elements of work space for decoding `n_items` items of up to `rows` rows over at most `max_splits` splits.
+pub fn decode_partial_len(heads: Heads, n_items: usize, rows: usize, max_splits: usize) -> usize {
+    n_items * heads.n_kv_heads * max_splits * rows * (heads.head_dim + 2)
+}
+
+/// Items of a decode launch, and what they have in common.
+#[derive(Debug, Clone)]
+pub struct DecodeItems<'a> {
+    /// [`Item::words`] of each.
+    pub items: &'a Buffer<i32>,
+    /// How many.
+    pub n_items: usize,
+    /// Most rows of an item, at most [`DECODE_ROWS`].
+    pub rows: usize,
+    /// Most splits of [`SPLIT`] positions that an item sees.
+    pub max_splits: usize,
 }
 
 impl Attention<'_> {
@@ -149,24 +168,21 @@ impl Attention<'_> {
         let grid = (n_items as u32, self.heads.n_kv_heads as u32, 1);
         let launch = Launch { grid, block: (128, 1, 1), shared_bytes: shared, overlap: true };
         // SAFETY: AttentionArgs mirrors the kernel's parameter; `check` held the buffers against the shapes.
-        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(self.args(items, 0, 1))) }
+        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(self.args(items, 0, 0, 1))) }
     }
 
-    /// Enqueues attention of items of up to 16 rows that see at most `max_splits` splits, in two kernels. `partial` has
-    /// [`decode_partial_len`] elements.
+    /// Enqueues attention of items of few rows in two kernels. `partial` has [`decode_partial_len`] elements.
     ///
     /// # Errors
     /// [`CudaError::Contract`]; a failed launch.
-    pub fn decode(
-        &self,
-        kernels: &Kernels,
-        items: &Buffer<i32>,
-        n_items: usize,
-        max_splits: usize,
-        partial: &Buffer<f32>,
-    ) -> Result<(), CudaError> {
+    pub fn decode(&self, kernels: &Kernels, decode: &DecodeItems<'_>, partial: &Buffer<f32>) -> Result<(), CudaError> {
+        let DecodeItems { items, n_items, rows, max_splits } = *decode;
         self.check(items, n_items)?;
-        let needed = decode_partial_len(self.heads, n_items, max_splits);
+        if rows == 0 || rows > DECODE_ROWS || max_splits == 0 {
+            let expected = format!("1 to {DECODE_ROWS} rows, 1 or more splits");
+            return Err(contract("decode", expected, format!("{rows} rows, {max_splits} splits")));
+        }
+        let needed = decode_partial_len(self.heads, n_items, rows, max_splits);
         if partial.len() < needed {
             return Err(contract("partial", needed, partial.len()));
         }
@@ -178,14 +194,14 @@ impl Attention<'_> {
             _ => ("attention_decode_128", "attention_merge_128"),
         };
         let shared = self.tile_bytes() * 4;
-        let args = self.args(items, partial.ptr(), max_splits);
+        let args = self.args(items, partial.ptr(), rows, max_splits);
         let n_kv_heads = self.heads.n_kv_heads as u32;
         let grid = (n_items as u32, n_kv_heads, max_splits as u32);
         let launch = Launch { grid, block: (32, 1, 1), shared_bytes: shared, overlap: true };
         let kernel = kernels.get("attention_decode", split, shared)?;
         // SAFETY: as in `prefill`; `partial` holds every split of every item.
         unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args))? };
-        let grid = (n_items as u32, n_kv_heads, DECODE_ROWS as u32);
+        let grid = (n_items as u32, n_kv_heads, rows as u32);
         let launch = Launch { grid, block: (32, 1, 1), shared_bytes: 0, overlap: true };
         let kernel = kernels.get("attention_decode", merge, 0)?;
         // SAFETY: as above.
@@ -196,7 +212,7 @@ impl Attention<'_> {
         (TILE * (self.heads.head_dim * 2 + 16)) as u32
     }
 
-    fn args(&self, items: &Buffer<i32>, partial: u64, max_splits: usize) -> AttentionArgs {
+    fn args(&self, items: &Buffer<i32>, partial: u64, rows: usize, max_splits: usize) -> AttentionArgs {
         AttentionArgs {
             q: self.q.ptr(),
             k_cache: self.kv.k.ptr(),
@@ -214,6 +230,7 @@ impl Attention<'_> {
             window: self.window.map_or(0, |w| w as i32),
             max_splits: max_splits as i32,
             out_stride: self.out.stride as i32,
+            partial_rows: rows as i32,
         }
     }
 

@@ -26,7 +26,7 @@ pub enum Output {
     Add(Rows<f32>),
     /// `y = out` in f16, saturating.
     StoreHalf(HalfRows),
-    /// `y = gate(out of the gate rows, out of the up rows)` in f16, for interleaved matrices and few columns.
+    /// `y = gate(out of the gate rows, out of the up rows)` in f16, for gated matrices.
     Gated(HalfRows, Gate),
 }
 
@@ -53,6 +53,16 @@ pub enum Gate {
     },
 }
 
+impl Gate {
+    /// The kernels' `alpha` and `limit`; no limit is none.
+    pub(crate) fn numbers(self) -> (f32, f32) {
+        match self {
+            Gate::SwiGlu => (1.0, 0.0),
+            Gate::Clamped { alpha, limit } => (alpha, limit),
+        }
+    }
+}
+
 /// Which matrix of a stack each product uses, on the device.
 #[derive(Debug, Clone)]
 pub enum Experts {
@@ -65,12 +75,13 @@ pub enum Experts {
         /// Jobs per row of x.
         per_row: usize,
     },
-    /// Many rows: column `c` is row `gather[c]` of x (none if negative) with matrix `mats[c / column_tile]`.
+    /// Many rows: column `c` is row `gather[c]` of x (none if negative; row `c` without a gather) with matrix
+    /// `mats[c / column_tile]`.
     Tiles {
         /// `[n / column_tile]`, negative for tiles without work.
         mats: Buffer<i32>,
         /// `[n]`.
-        gather: Buffer<i32>,
+        gather: Option<Buffer<i32>>,
         /// Columns that share a matrix: 32, 64 or 128.
         column_tile: usize,
     },
@@ -194,9 +205,8 @@ impl Product<'_> {
     }
 
     fn launch_small(&self, kernels: &Kernels, n_chunks: usize) -> Result<(), CudaError> {
-        let gated = self.matrix.is_gated();
-        let kernel = kernels.get("matmul_small", small_name(self.matrix.kind(), gated), 0)?;
-        let stripes = self.matrix.shape().n_stripes / if gated { 2 } else { 1 };
+        let kernel = kernels.get("matmul_small", small_name(self.matrix.kind()), 0)?;
+        let stripes = self.matrix.shape().n_stripes;
         let jobs = if matches!(self.experts, Experts::Jobs { .. }) { self.n } else { 1 };
         let mut launch = Launch::new((stripes as u32, jobs as u32, 1), (32, n_chunks as u32, 1));
         launch.overlap = true;
@@ -247,13 +257,13 @@ impl Product<'_> {
             Output::Gated(rows, _) => (rows.data.ptr(), rows.stride, 3),
         };
         let (alpha, limit) = match &self.output {
-            Output::Gated(_, Gate::Clamped { alpha, limit }) => (*alpha, *limit),
+            Output::Gated(_, gate) => gate.numbers(),
             _ => (1.0, 0.0),
         };
         let (mat_of, gather, jobs_per_row) = match &self.experts {
             Experts::One => (0, 0, 1),
             Experts::Jobs { mats, per_row } => (mats.ptr(), 0, *per_row),
-            Experts::Tiles { mats, gather, .. } => (mats.ptr(), gather.ptr(), 1),
+            Experts::Tiles { mats, gather, .. } => (mats.ptr(), gather.as_ref().map_or(0, Buffer::ptr), 1),
         };
         MatmulArgs {
             w: self.matrix.planes(),
@@ -292,7 +302,8 @@ impl Product<'_> {
         let x_rows = match &self.experts {
             Experts::One => self.n,
             Experts::Jobs { per_row, .. } => self.n.div_ceil(*per_row),
-            Experts::Tiles { .. } => 1,
+            Experts::Tiles { gather: None, .. } => self.n,
+            Experts::Tiles { gather: Some(_), .. } => 1,
         };
         if self.x.data.len() < x_rows * self.x.stride {
             return Err(contract("x", format!("{x_rows} rows of {}", self.x.stride), self.x.data.len()));
@@ -312,8 +323,8 @@ impl Product<'_> {
         if gated != self.matrix.is_gated() {
             return Err(contract(
                 "output",
-                "gated for interleaved matrices and for no others",
-                format!("{:?}", self.matrix.is_gated()),
+                "gated for gated matrices and for no others",
+                format!("a matrix that is {}gated", if gated { "not " } else { "" }),
             ));
         }
         for bias in self.bias.iter().chain(&self.bias_up) {
@@ -326,14 +337,14 @@ impl Product<'_> {
             Experts::One => Ok(()),
             Experts::Jobs { mats, .. } if mats.len() < self.n => Err(contract("experts", self.n, mats.len())),
             Experts::Tiles { mats, gather, column_tile }
-                if gather.len() < self.n
+                if gather.as_ref().is_some_and(|gather| gather.len() < self.n)
                     || mats.len() < self.n.div_ceil(*column_tile)
                     || ![32, 64, 128].contains(column_tile) =>
             {
                 Err(contract(
                     "experts",
                     format!("{} columns in tiles of 32, 64 or 128", self.n),
-                    format!("{} in tiles of {column_tile}", gather.len()),
+                    format!("{} tiles of {column_tile}", mats.len()),
                 ))
             }
             _ => Ok(()),
@@ -349,22 +360,15 @@ fn contract(what: &str, expected: impl ToString, found: impl ToString) -> CudaEr
     }
 }
 
-fn small_name(kind: Kind, gated: bool) -> &'static str {
-    match (kind, gated) {
-        (Kind::F16, false) => "matmul_small_f16",
-        (Kind::Q8, false) => "matmul_small_q8",
-        (Kind::Q4, false) => "matmul_small_q4",
-        (Kind::Q4G16, false) => "matmul_small_q4g16",
-        (Kind::Mx4, false) => "matmul_small_mx4",
-        (Kind::Q5, false) => "matmul_small_q5",
-        (Kind::Q6, false) => "matmul_small_q6",
-        (Kind::F16, true) => "matmul_small_gated_f16",
-        (Kind::Q8, true) => "matmul_small_gated_q8",
-        (Kind::Q4, true) => "matmul_small_gated_q4",
-        (Kind::Q4G16, true) => "matmul_small_gated_q4g16",
-        (Kind::Mx4, true) => "matmul_small_gated_mx4",
-        (Kind::Q5, true) => "matmul_small_gated_q5",
-        (Kind::Q6, true) => "matmul_small_gated_q6",
+fn small_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::F16 => "matmul_small_f16",
+        Kind::Q8 => "matmul_small_q8",
+        Kind::Q4 => "matmul_small_q4",
+        Kind::Q4G16 => "matmul_small_q4g16",
+        Kind::Mx4 => "matmul_small_mx4",
+        Kind::Q5 => "matmul_small_q5",
+        Kind::Q6 => "matmul_small_q6",
     }
 }
 

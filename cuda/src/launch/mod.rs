@@ -1,5 +1,9 @@
 //! Launchers: each checks its contract, chooses a configuration in a pure function, and enqueues one kernel.
 
 pub mod attention;
+pub mod embed;
+pub mod gate;
 pub mod matmul;
 pub mod matrix;
+pub mod moe;
+pub mod norm;
