@@ -5,7 +5,8 @@ mod support;
 use half::f16;
 use playhouse_cuda::arena::Buffer;
 use playhouse_cuda::launch::attention::{
-    Attention, BLOCK_TOKENS, DECODE_ROWS, Heads, Item, KvLayer, PREFILL_ROWS, SPLIT, decode_partial_len,
+    Attention, BLOCK_TOKENS, DECODE_ROWS, DecodeItems, Heads, Item, KvLayer, PREFILL_ROWS, SPLIT, decode_partial_len,
+    rows_of_one_token,
 };
 use playhouse_cuda::launch::matrix::HalfRows;
 use support::{Bench, Random, bench, download};
@@ -173,10 +174,23 @@ fn prefill_items(scene: &Scene) -> Vec<Item> {
     scene.spans.iter().flat_map(cut).collect()
 }
 
+/// Items for decoding, and the most rows that one has.
+struct Cut {
+    items: Vec<Item>,
+    rows: usize,
+}
+
 /// Every token as a span of its own, as decoding sees it.
-fn decode_items(scene: &Scene) -> Vec<Item> {
+fn one_by_one(scene: &Scene) -> Cut {
     let cut = |t: usize, s: &Span| Item::cut(t, 1, s.table, scene.heads, DECODE_ROWS).collect::<Vec<_>>();
-    scene.spans.iter().flat_map(|s| (s.first..s.first + s.n).flat_map(move |t| cut(t, s))).collect()
+    let items = scene.spans.iter().flat_map(|s| (s.first..s.first + s.n).flat_map(move |t| cut(t, s))).collect();
+    Cut { items, rows: rows_of_one_token(scene.heads) }
+}
+
+/// Whole spans in items of 16 rows, as for a few tokens each.
+fn sixteen_rows(scene: &Scene) -> Cut {
+    let cut = |s: &Span| Item::cut(s.first, s.n, s.table, scene.heads, DECODE_ROWS);
+    Cut { items: scene.spans.iter().flat_map(cut).collect(), rows: DECODE_ROWS }
 }
 
 fn prefill(bench: &Bench, scene: &Scene, loaded: &Loaded, style: Style, items: &[Item]) -> Vec<f16> {
@@ -186,12 +200,14 @@ fn prefill(bench: &Bench, scene: &Scene, loaded: &Loaded, style: Style, items: &
     download(&out.data)
 }
 
-fn decode(bench: &Bench, scene: &Scene, loaded: &Loaded, style: Style, items: &[Item], max_splits: usize) -> Vec<f16> {
+fn decode(bench: &Bench, scene: &Scene, loaded: &Loaded, style: Style, cut: &Cut, max_splits: usize) -> Vec<f16> {
     let out = out_rows(bench, scene);
+    let n_items = cut.items.len();
     // What a captured graph leaves behind: partial sums of another step must not matter.
-    let partial = bench.upload(&vec![f32::NAN; decode_partial_len(scene.heads, items.len(), max_splits)]);
+    let partial = bench.upload(&vec![f32::NAN; decode_partial_len(scene.heads, n_items, cut.rows, max_splits)]);
     let op = loaded.op(scene, style, &out);
-    op.decode(&bench.kernels, &upload_items(bench, items), items.len(), max_splits, &partial).expect("launches");
+    let items = DecodeItems { items: &upload_items(bench, &cut.items), n_items, rows: cut.rows, max_splits };
+    op.decode(&bench.kernels, &items, &partial).expect("launches");
     download(&out.data)
 }
 
@@ -254,12 +270,13 @@ fn prefill_and_decode_agree_with_f64_and_with_each_other() {
         for style in [Style::default(), styles[1 + case % 4], styles[1 + (case + 1) % 4]] {
             let many = prefill(&bench, &scene, &loaded, style, &prefill_items(&scene));
             assert_close(&scene, style, &many, "prefill");
-            let few = decode(&bench, &scene, &loaded, style, &decode_items(&scene), n_splits(&scene));
             let all = 0..scene.positions.len();
-            assert!(row_bits(&scene, &many, all.clone()) == row_bits(&scene, &few, all.clone()), "{style:?} {heads:?}");
-            // A grid for longer sequences, as a captured graph has.
-            let roomy = decode(&bench, &scene, &loaded, style, &decode_items(&scene), n_splits(&scene) + 3);
-            assert!(row_bits(&scene, &few, all.clone()) == row_bits(&scene, &roomy, all), "{style:?} {heads:?}");
+            // The last with a grid for longer sequences, as a captured graph has.
+            for (cut, more) in [(one_by_one(&scene), 0), (sixteen_rows(&scene), 0), (one_by_one(&scene), 3)] {
+                let few = decode(&bench, &scene, &loaded, style, &cut, n_splits(&scene) + more);
+                let same = row_bits(&scene, &many, all.clone()) == row_bits(&scene, &few, all.clone());
+                assert!(same, "{style:?} {heads:?}, items of {} rows", cut.rows);
+            }
         }
     }
 }
@@ -305,10 +322,10 @@ fn an_unused_item_of_a_graph_does_nothing() {
     let heads = Heads { n_heads: 4, n_kv_heads: 2, head_dim: 64 };
     let scene = Scene::new(&mut Random(13), heads, &[(40, 1), (200, 1)]);
     let loaded = Loaded::new(&bench, &scene);
-    let mut items = decode_items(&scene);
-    items.insert(1, Item { first_token: 0, first_row: 0, n_rows: 0, table: 0 });
-    let with = decode(&bench, &scene, &loaded, Style::default(), &items, 2);
-    let without = decode(&bench, &scene, &loaded, Style::default(), &decode_items(&scene), 2);
+    let mut cut = one_by_one(&scene);
+    let without = decode(&bench, &scene, &loaded, Style::default(), &cut, 2);
+    cut.items.insert(1, Item { first_token: 0, first_row: 0, n_rows: 0, table: 0 });
+    let with = decode(&bench, &scene, &loaded, Style::default(), &cut, 2);
     assert_eq!(row_bits(&scene, &with, 0..2), row_bits(&scene, &without, 0..2));
 }
 
@@ -341,5 +358,9 @@ fn misuse_is_an_error() {
     assert!(op.prefill(&bench.kernels, &items, 1).is_err_and(|e| e.to_string().contains("sinks")));
     let op = loaded.op(&scene, Style::default(), &out);
     let short = bench.zeros::<f32>(10);
-    assert!(op.decode(&bench.kernels, &items, 1, 1, &short).is_err_and(|e| e.to_string().contains("partial")));
+    for (rows, max_splits, expected) in [(2, 1, "partial"), (0, 1, "rows"), (17, 1, "rows"), (2, 0, "splits")] {
+        let items = DecodeItems { items: &items, n_items: 1, rows, max_splits };
+        let error = op.decode(&bench.kernels, &items, &short).expect_err(expected).to_string();
+        assert!(error.contains(expected), "{error}");
+    }
 }
