@@ -32,6 +32,7 @@ extern "C" __global__ void __launch_bounds__(32)
             const int other_at = __shfl_xor_sync(0xffffffffu, at, offset);
             if (other > best || (other == best && other_at < at)) best = other, at = other_at;
         }
+        at = min(at, n_experts - 1); // logits that are no numbers choose some expert, not memory that is none
         for (int i = 0; i < MAX_EXPERTS / WARP; i++) {
             if (lane + WARP * i == at) taken |= 1u << i;
         }

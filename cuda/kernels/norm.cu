@@ -1,5 +1,5 @@
 // Root-mean-square normalisation (Zhang and Sennrich 2019): y = x * w / sqrt(mean(x^2) + eps), f32 in, f16 out.
-// x [n, n_cols] f32   w [n_cols] f32   y [n, y_stride] f16   rows: which rows of x, or null for 0..n.
+// x [n, n_cols] f32   w [n_cols] f32   y [n, y_stride] f16, zero from n_cols on   rows: which rows of x, or null for 0..n.
 // Grid n, block 256: one block a row, thread i sums columns i, i + 256, ..., then a fixed tree: a row's bits depend on the row alone.
 // Bound by: reading x once.   Reference: f64; rel err <= 2^-10 (f16's rounding).
 #include "common.cuh"
@@ -15,5 +15,5 @@ extern "C" __global__ void __launch_bounds__(256)
     for (int c = threadIdx.x; c < n_cols; c += 256) sum += in[c] * in[c];
     const float inverse = rsqrtf(block_sum(sum, partial) / n_cols + eps);
     dependents_may_start();
-    for (int c = threadIdx.x; c < n_cols; c += 256) out[c] = to_half(in[c] * inverse * w[c]);
+    for (int c = threadIdx.x; c < y_stride; c += 256) out[c] = c < n_cols ? to_half(in[c] * inverse * w[c]) : __float2half_rn(0.0f);
 }

@@ -7,6 +7,7 @@
 #include "common.cuh"
 
 constexpr int BLOCK_TOKENS = 32;
+constexpr unsigned NO_SLOT = 0xffffffffu; // a row of the batch without a token: nothing is written
 
 // Mirrored by `RopeKvArgs` in launch/attention.rs.
 struct RopeKvArgs {
@@ -31,6 +32,7 @@ extern "C" __global__ void __launch_bounds__(32) rope_kv(const RopeKvArgs args) 
         out = args.q_out + (static_cast<size_t>(token) * args.n_heads + head) * dim;
     } else {
         const unsigned slot = args.slots[token];
+        if (slot == NO_SLOT) return;
         const size_t row = (static_cast<size_t>(slot / BLOCK_TOKENS) * args.n_kv_heads + kv_head) * BLOCK_TOKENS + slot % BLOCK_TOKENS;
         out = (is_v ? args.v_cache : args.k_cache) + row * dim;
     }

@@ -75,15 +75,24 @@ unsafe impl Send for Kernels {}
 // SAFETY: as above; the maps are behind locks.
 unsafe impl Sync for Kernels {}
 
+/// Whether this binary has kernels.
+///
+/// # Errors
+/// [`CudaError::Unavailable`] with what was missing when it was built.
+pub fn built() -> Result<(), CudaError> {
+    if FATBINS.is_empty() {
+        return Err(CudaError::Unavailable(format!("this binary has no GPU kernels ({TOOLCHAIN})")));
+    }
+    Ok(())
+}
+
 impl Kernels {
     /// The embedded kernels for this device; nothing is loaded yet.
     ///
     /// # Errors
     /// [`CudaError::Unavailable`] if the binary was built without nvcc.
     pub fn new(gpu: &Gpu) -> Result<Kernels, CudaError> {
-        if FATBINS.is_empty() {
-            return Err(CudaError::Unavailable(format!("this binary has no GPU kernels ({TOOLCHAIN})")));
-        }
+        built()?;
         Ok(Kernels { gpu: gpu.clone(), modules: Mutex::default(), functions: Mutex::default() })
     }
 

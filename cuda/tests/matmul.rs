@@ -36,9 +36,8 @@ fn activations(bench: &Bench, random: &mut Random, rows: usize, n_cols: usize) -
 
 fn product(bench: &Bench, matrix: &Matrix, x: &HalfRows, n: usize) -> Vec<f32> {
     let y = bench.zeros::<f32>(n * matrix.n_rows());
-    let shape = matrix.shape();
     let n_sms = bench.gpu.info().n_sms as usize;
-    let partial: Buffer<f32> = bench.zeros(matmul::partial_len(shape.n_stripes, shape.n_tiles, n, n_sms, None).max(1));
+    let partial: Buffer<f32> = bench.zeros(matmul::partial_len(matrix.shape(), n, n_sms, None).max(1));
     let output = Output::Store(Rows { data: y.clone(), stride: matrix.n_rows() });
     let product = Product { matrix, x, n, bias: None, bias_up: None, experts: Experts::One, output };
     product.launch(&bench.kernels, &partial).expect("launches");

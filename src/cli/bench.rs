@@ -7,11 +7,12 @@
 use std::fmt::Write as _;
 use std::time::Instant;
 
-use super::load::ModelArgs;
+use super::load::{ModelArgs, backend_exit};
 use super::{CliError, Exit, RunCommand};
-use crate::backend::cpu::{measure_multiply_adds, measure_read_bandwidth};
+use crate::backend::cpu::{CpuBackend, measure_multiply_adds, measure_read_bandwidth};
+use crate::backend::cuda;
 use crate::backend::{BLOCK_TOKENS, Batch, KvDtype, KvLayout, SeqSpan};
-use crate::engine::{LoadError, RunnerLimits, StepModel, kv_blocks, kv_layout};
+use crate::engine::{DeviceName, LoadError, RunnerLimits, StepModel, kv_blocks, kv_layout};
 use crate::gguf::GgufFile;
 use crate::models::spec::{Ffn, Linear, TensorRule};
 use crate::models::{ModelSpec, describe};
@@ -57,21 +58,15 @@ impl RunCommand for Args {
             max_batch_tokens: n_ctx.clamp(n_sequences, n_sequences.max(CHUNK)),
             max_logit_rows: n_sequences,
             n_kv_blocks: kv_blocks(n_ctx, n_sequences),
-            kv_dtype: KvDtype::F32,
+            kv_dtype: KvDtype::F16,
         };
-        let mut loaded = self.model.load(|_| limits)?;
-        let cpu = loaded.runner.backend();
-        let machine = Machine {
-            device: "cpu",
-            instruction_set: cpu.instruction_set(),
-            threads: cpu.n_threads(),
-            memory_read_bytes_per_s: measure_read_bandwidth(cpu.n_threads()),
-            multiply_adds_per_s: measure_multiply_adds(cpu.n_threads()),
-        };
-        let cost = Cost::of(&loaded.file, loaded.runner.spec(), kv_layout(loaded.runner.spec(), &limits))?;
+        let mut loaded = self.model.load(|_, kv_dtype| RunnerLimits { kv_dtype, ..limits })?;
+        let limits = RunnerLimits { kv_dtype: loaded.device.default_kv(), ..limits };
+        let machine = Machine::measure(&loaded.device, self.model.threads.map(usize::from))?;
+        let cost = Cost::of(&loaded.file, &loaded.spec, kv_layout(&loaded.spec, &limits))?;
         let mut report = Report {
             model: loaded.file.label().to_owned(),
-            architecture: loaded.runner.spec().architecture,
+            architecture: loaded.spec.architecture,
             weight_bytes: loaded.runner.memory().weights,
             machine,
             results: Vec::new(),
@@ -297,11 +292,38 @@ struct Limit {
 /// What was measured of the machine.
 #[derive(Debug, Clone, serde::Serialize)]
 struct Machine {
-    device: &'static str,
-    instruction_set: &'static str,
+    device: String,
+    instruction_set: String,
     threads: usize,
     memory_read_bytes_per_s: f64,
     multiply_adds_per_s: f64,
+}
+
+impl Machine {
+    fn measure(device: &DeviceName, threads: Option<usize>) -> Result<Self, CliError> {
+        match device {
+            DeviceName::Cpu => {
+                let cpu = threads.map_or_else(CpuBackend::new, CpuBackend::with_threads);
+                Ok(Self {
+                    device: "cpu".into(),
+                    instruction_set: cpu.instruction_set().into(),
+                    threads: cpu.n_threads(),
+                    memory_read_bytes_per_s: measure_read_bandwidth(cpu.n_threads()),
+                    multiply_adds_per_s: measure_multiply_adds(cpu.n_threads()),
+                })
+            }
+            DeviceName::Gpu(uuid) => {
+                let speed = cuda::measure(uuid).map_err(|e| CliError::new(backend_exit(&e), e))?;
+                Ok(Self {
+                    device: format!("{} ({uuid})", speed.name),
+                    instruction_set: format!("sm_{}{}", speed.capability.0, speed.capability.1),
+                    threads: speed.n_sms as usize,
+                    memory_read_bytes_per_s: speed.copy_bytes_per_s,
+                    multiply_adds_per_s: speed.multiply_adds_per_s,
+                })
+            }
+        }
+    }
 }
 
 /// A test's result, in tokens per second.
@@ -349,7 +371,7 @@ struct Report {
 
 impl Report {
     fn table(&self) -> String {
-        let Machine { device, instruction_set, threads, .. } = self.machine;
+        let Machine { device, instruction_set, threads, .. } = &self.machine;
         let mut out = format!(
             "{} ({}, {:.1} MB of weights) on {device}: {threads} threads, {instruction_set}, {:.1} GB/s from memory, \
              {:.1} G multiply-adds/s\n\n{:<24}{:>10}  {:<19}{:>10}  {}\n",
@@ -389,8 +411,8 @@ mod tests {
     use super::*;
 
     const MACHINE: Machine = Machine {
-        device: "cpu",
-        instruction_set: "portable",
+        device: String::new(),
+        instruction_set: String::new(),
         threads: 1,
         memory_read_bytes_per_s: 1000.0,
         multiply_adds_per_s: 4000.0,

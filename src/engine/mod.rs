@@ -4,6 +4,7 @@ mod step_model;
 pub mod weights;
 pub mod forward;
 mod runner;
+pub mod device;
 mod vram;
 mod adapter;
 mod llm;
@@ -15,6 +16,7 @@ pub mod sampler;
 mod validate;
 
 pub use adapter::{Adapter, AdapterError, Generation, SequenceId};
+pub use device::{BoxedModel, DeviceError, DeviceName, DeviceOptions, gpu_memory, load_model};
 pub use llm::{EngineOptions, LlmEngine, engine_error};
 pub use runner::{LoadError, Runner, RunnerLimits};
 pub use step_model::{StepCapacity, StepModel};

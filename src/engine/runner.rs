@@ -2,7 +2,7 @@
 
 use super::forward::{Activations, Probe, forward};
 use super::vram::{kv_blocks, kv_layout};
-use super::weights::{Resident, resident_bytes};
+use super::weights::{Resident, model_shape, resident_bytes};
 use super::{StepCapacity, StepModel, engine_error};
 use crate::backend::{Backend, BackendError, Batch, KvDtype, MemoryUse};
 use crate::gguf::GgufFile;
@@ -97,6 +97,7 @@ impl<B: Backend> Runner<B> {
         let total = resident_bytes(&spec, limits.n_ctx);
         report(LoadPhase::Weights, 0, total);
         let mut weights_done = |done| report(LoadPhase::Weights, done, total);
+        backend.reserve(&model_shape(file, &spec, &limits)?)?;
         let resident = Resident::load(file, &spec, limits.n_ctx, &mut backend, &mut weights_done)?;
 
         report(LoadPhase::Allocate, total, total);

@@ -1,6 +1,6 @@
 //! The devices of this machine, and what a test needs to use one.
 
-use playhouse::backend::{BLOCK_TOKENS, Backend, Batch, KvDtype, KvLayout, SeqSpan, WeightSource};
+use playhouse::backend::{BLOCK_TOKENS, Backend, Batch, KvDtype, KvLayout, SeqSpan, WeightSource, WeightUse};
 use playhouse::dtype::DType;
 use playhouse::gguf::TensorBytes;
 
@@ -46,7 +46,7 @@ impl<B: Backend> Device<B> {
         let mut values = vec![0.0; n];
         dtype.decode(&bytes, &mut values).unwrap();
         let bytes = TensorBytes::from_vec(bytes);
-        let source = WeightSource { name: "test.weight", dtype, n_mats, n_rows, n_cols, bytes };
+        let source = WeightSource { name: "test.weight", dtype, n_mats, n_rows, n_cols, bytes, uses: WeightUse::ANY };
         Held { weight: self.backend.weight(source).unwrap(), values }
     }
 
@@ -59,7 +59,15 @@ impl<B: Backend> Device<B> {
     pub(crate) fn matrix_of(&mut self, values: &[f32], n_rows: usize) -> B::Weight {
         let bytes = TensorBytes::from_vec(bytemuck::cast_slice(values).to_vec());
         let n_cols = values.len() / n_rows;
-        let source = WeightSource { name: "test.vector", dtype: DType::F32, n_mats: 1, n_rows, n_cols, bytes };
+        let source = WeightSource {
+            name: "test.vector",
+            dtype: DType::F32,
+            n_mats: 1,
+            n_rows,
+            n_cols,
+            bytes,
+            uses: WeightUse::ANY,
+        };
         self.backend.weight(source).unwrap()
     }
 

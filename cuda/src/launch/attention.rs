@@ -8,6 +8,8 @@ use half::f16;
 
 /// Tokens of a KV block. Mirrors `KV_BLOCK_TOKENS`.
 pub const BLOCK_TOKENS: usize = 32;
+/// The slot of a row without a token: nothing is written for it. Mirrors `NO_SLOT`.
+pub const NO_SLOT: u32 = u32::MAX;
 /// Positions of a split. Mirrors `SPLIT`.
 pub const SPLIT: usize = 128;
 /// Positions of a tile. Mirrors `KV_TILE`.

@@ -1,6 +1,6 @@
 //! Products `y = W x`: a small kernel for up to 8 columns, a large one for more, the same bits from both.
 
-use super::matrix::{HalfRows, Kind, Matrix, Planes};
+use super::matrix::{HalfRows, Kind, Matrix, Planes, TILE_ROWS, TileShape};
 use crate::arena::Buffer;
 use crate::error::CudaError;
 use crate::kernels::{Args, Kernels, Launch};
@@ -176,29 +176,44 @@ pub fn plan(n_stripes: usize, n_tiles: usize, n: usize, n_sms: usize, column_til
     Plan::Large { columns, splits }
 }
 
-/// f32 elements of work space that a product of `n` columns may need.
-pub fn partial_len(n_stripes: usize, n_tiles: usize, n: usize, n_sms: usize, column_tile: Option<usize>) -> usize {
-    match plan(n_stripes, n_tiles, n, n_sms, column_tile) {
-        Plan::Large { splits, .. } if splits > 1 => splits * n * n_stripes * super::matrix::TILE_ROWS,
-        _ => 0,
+impl Plan {
+    /// f32 elements of work space for `n` columns.
+    fn partial_len(self, shape: TileShape, n: usize) -> usize {
+        match self {
+            Plan::Large { splits, .. } if splits > 1 => splits * n * shape.n_stripes * TILE_ROWS,
+            _ => 0,
+        }
     }
 }
 
+/// f32 elements of work space that a product of `n` columns may need.
+pub fn partial_len(shape: TileShape, n: usize, n_sms: usize, column_tile: Option<usize>) -> usize {
+    plan(shape.n_stripes, shape.n_tiles, n, n_sms, column_tile).partial_len(shape, n)
+}
+
 impl Product<'_> {
+    fn plan(&self, kernels: &Kernels) -> Plan {
+        let shape = self.matrix.shape();
+        let (n, column_tile) = match &self.experts {
+            Experts::One => (self.n, None),
+            Experts::Jobs { .. } => (1, None),
+            Experts::Tiles { column_tile, .. } => (self.n, Some(*column_tile)),
+        };
+        plan(shape.n_stripes, shape.n_tiles, n, kernels.gpu().info().n_sms as usize, column_tile)
+    }
+
+    /// f32 elements of work space that [`Product::launch`] needs.
+    pub fn partial_len(&self, kernels: &Kernels) -> usize {
+        self.plan(kernels).partial_len(self.matrix.shape(), self.n)
+    }
+
     /// Enqueues the product. `partial` is work space of at least [`partial_len`] elements.
     ///
     /// # Errors
     /// [`CudaError::Contract`] for shapes that do not go together; a failed launch.
     pub fn launch(&self, kernels: &Kernels, partial: &Buffer<f32>) -> Result<(), CudaError> {
         self.check()?;
-        let shape = self.matrix.shape();
-        let n_sms = kernels.gpu().info().n_sms as usize;
-        let column_tile = match &self.experts {
-            Experts::Tiles { column_tile, .. } => Some(*column_tile),
-            _ => None,
-        };
-        let few = matches!(self.experts, Experts::Jobs { .. });
-        match plan(shape.n_stripes, shape.n_tiles, if few { 1 } else { self.n }, n_sms, column_tile) {
+        match self.plan(kernels) {
             Plan::Small { n_chunks } => self.launch_small(kernels, n_chunks),
             Plan::Large { columns, splits } => self.launch_large(kernels, columns, splits, partial),
         }
@@ -222,7 +237,7 @@ impl Product<'_> {
         partial: &Buffer<f32>,
     ) -> Result<(), CudaError> {
         let shape = self.matrix.shape();
-        let needed = if splits > 1 { splits * self.n * shape.n_stripes * super::matrix::TILE_ROWS } else { 0 };
+        let needed = Plan::Large { columns, splits }.partial_len(shape, self.n);
         if partial.len() < needed {
             return Err(contract("partial", format!("{needed} elements"), partial.len()));
         }
@@ -236,7 +251,7 @@ impl Product<'_> {
         // SAFETY: as above; `partial` holds the sums of every chunk.
         unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args))? };
         if splits > 1 {
-            let rows = shape.n_stripes * super::matrix::TILE_ROWS;
+            let rows = shape.n_stripes * TILE_ROWS;
             let mut launch = Launch::new((rows.div_ceil(256) as u32, self.n as u32, 1), (256, 1, 1));
             launch.overlap = true;
             let reduce = kernels.get("matmul_large", "matmul_reduce", 0)?;
@@ -312,7 +327,7 @@ impl Product<'_> {
             Output::Store(rows) | Output::Add(rows) => (rows.data.len(), rows.stride),
             Output::StoreHalf(rows) | Output::Gated(rows, _) => (rows.data.len(), rows.stride),
         };
-        if stride < self.matrix.n_rows() || len < self.n * stride {
+        if stride < self.matrix.n_rows() || len < (self.n - 1) * stride + self.matrix.n_rows() {
             return Err(contract(
                 "y",
                 format!("{} rows of {} or more", self.n, self.matrix.n_rows()),

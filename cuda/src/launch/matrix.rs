@@ -118,7 +118,7 @@ impl Format {
 }
 
 /// Shape of a matrix in tiles: `n_mats` matrices of `n_stripes` stripes of `n_tiles` tiles.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TileShape {
     /// Stacked matrices (experts).
     pub n_mats: usize,
