@@ -5,10 +5,11 @@ mod support;
 use half::f16;
 use playhouse_cuda::arena::Buffer;
 use playhouse_cuda::launch::attention::{
-    Attention, BLOCK_TOKENS, DECODE_ROWS, DecodeItems, Heads, Item, KvLayer, PREFILL_ROWS, SPLIT, decode_partial_len,
-    rows_of_one_token,
+    Attention, BLOCK_TOKENS, DECODE_ROWS, DecodeItems, Heads, Item, KvFormat, KvLayer, PREFILL_ROWS, SPLIT,
+    decode_partial_len, rows_of_one_token,
 };
 use playhouse_cuda::launch::matrix::HalfRows;
+use support::kv::{encode, head_rows};
 use support::{Bench, Random, bench, download};
 
 /// What of an attention layer varies beside the heads.
@@ -37,14 +38,16 @@ struct Scene {
     tables: Vec<u32>,
     positions: Vec<u32>,
     q: Vec<f16>,
-    k: Vec<f16>,
-    v: Vec<f16>,
+    /// `[block][kv head][32 tokens][head_dim]`: what the cache holds, decoded.
+    k: Vec<f32>,
+    v: Vec<f32>,
+    format: KvFormat,
     sinks: Vec<f32>,
 }
 
 impl Scene {
     /// Sequences given as (tokens before, tokens of the step), their blocks dealt out of order. Slots without a token are NaN.
-    fn new(random: &mut Random, heads: Heads, sequences: &[(usize, usize)]) -> Scene {
+    fn new(random: &mut Random, heads: Heads, format: KvFormat, sequences: &[(usize, usize)]) -> Scene {
         let n_blocks: usize = sequences.iter().map(|(before, n)| (before + n).div_ceil(BLOCK_TOKENS)).sum();
         let mut blocks: Vec<u32> = (0..n_blocks as u32 + 2).collect();
         for i in (1..blocks.len()).rev() {
@@ -59,9 +62,14 @@ impl Scene {
             tables.extend(blocks.drain(..(before + n).div_ceil(BLOCK_TOKENS)));
         }
         let mut normal = |len: usize| (0..len).map(|_| f16::from_f32(random.normal())).collect::<Vec<_>>();
-        let (q, k, v) = (normal(positions.len() * width), normal(cache_len), normal(cache_len));
+        let q = normal(positions.len() * width);
+        let [k, v] = [normal(cache_len), normal(cache_len)].map(|x| {
+            let x: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
+            // What the cache holds once it is written.
+            x.chunks(heads.head_dim).flat_map(|row| encode(format, row).decoded).collect::<Vec<f32>>()
+        });
         let sinks = (0..heads.n_heads).map(|h| 0.5 * (h % 5) as f32 - 1.0).collect();
-        let mut scene = Scene { heads, spans, tables, positions, q, k, v, sinks };
+        let mut scene = Scene { heads, spans, tables, positions, q, k, v, format, sinks };
         scene.forget_from(None);
         scene
     }
@@ -84,7 +92,7 @@ impl Scene {
         }
         for (i, keep) in keep.into_iter().enumerate() {
             if !keep {
-                (self.k[i], self.v[i]) = (f16::NAN, f16::NAN);
+                (self.k[i], self.v[i]) = (f32::NAN, f32::NAN);
             }
         }
     }
@@ -101,7 +109,7 @@ impl Scene {
         let q = &self.q[((span.first + i) * n_heads + head) * head_dim..][..head_dim];
         let logit = |p: usize| {
             let k = &self.k[self.at(span, p, kv_head)..][..head_dim];
-            let dot: f64 = q.iter().zip(k).map(|(q, k)| q.to_f64() * k.to_f64()).sum();
+            let dot: f64 = q.iter().zip(k).map(|(q, k)| q.to_f64() * f64::from(*k)).sum();
             let logit = dot * f64::from(self.scale());
             style.softcap.map_or(logit, |cap| f64::from(cap) * (logit / f64::from(cap)).tanh())
         };
@@ -114,8 +122,8 @@ impl Scene {
         for (p, weight) in seen.zip(weights) {
             let v = &self.v[self.at(span, p, kv_head)..][..head_dim];
             for d in 0..head_dim {
-                out[d] += weight / total * v[d].to_f64();
-                size[d] += weight / total * v[d].to_f64().abs();
+                out[d] += weight / total * f64::from(v[d]);
+                size[d] += weight / total * f64::from(v[d]).abs();
             }
         }
         (out, size)
@@ -135,7 +143,11 @@ impl Loaded {
     fn new(bench: &Bench, scene: &Scene) -> Loaded {
         Loaded {
             q: bench.upload(&scene.q),
-            kv: KvLayer { k: bench.upload(&scene.k), v: bench.upload(&scene.v) },
+            kv: KvLayer {
+                format: scene.format,
+                k: bench.upload(&head_rows(scene.format, &scene.k, scene.heads.head_dim)),
+                v: bench.upload(&head_rows(scene.format, &scene.v, scene.heads.head_dim)),
+            },
             tables: bench.upload(&scene.tables),
             positions: bench.upload(&scene.positions),
             sinks: bench.upload(&scene.sinks),
@@ -231,13 +243,14 @@ fn assert_close(scene: &Scene, style: Style, out: &[f16], what: &str) {
                 let (exact, size) = scene.reference(style, span, i, head);
                 let found = &out[(span.first + i) * stride + head * head_dim..][..head_dim];
                 for d in 0..head_dim {
-                    // Weights and output are rounded to f16; weights below 2^-24 of the largest may vanish.
+                    // Weights, output and values of 8 bits are rounded to f16; weights below 2^-24 of the largest may vanish.
                     let (error, budget) = ((found[d].to_f64() - exact[d]).abs(), 2f64.powi(-9) * size[d] + 1e-5);
                     let at = span.before + i;
                     assert!(
                         error <= budget,
-                        "{what} {style:?} {:?}: position {at}, head {head}, element {d}: {} is not {} +- {budget}",
+                        "{what} {style:?} {:?} {:?}: position {at}, head {head}, element {d}: {} is not {} +- {budget}",
                         scene.heads,
+                        scene.format,
                         found[d],
                         exact[d]
                     );
@@ -247,6 +260,7 @@ fn assert_close(scene: &Scene, style: Style, out: &[f16], what: &str) {
     }
 }
 
+const FORMATS: [KvFormat; 2] = [KvFormat::F16, KvFormat::Q8_0];
 const SIZES: &[(usize, usize, usize)] =
     &[(14, 2, 64), (4, 4, 96), (8, 2, 128), (8, 1, 64), (16, 2, 64), (2, 2, 16), (3, 1, 32), (20, 1, 128)];
 
@@ -261,11 +275,13 @@ fn prefill_and_decode_agree_with_f64_and_with_each_other() {
         Style { window: Some(128), sinks: true, softcap: Some(4.0) },
         Style { window: None, sinks: false, softcap: Some(30.0) },
     ];
-    for (case, &(n_heads, n_kv_heads, head_dim)) in SIZES.iter().enumerate() {
+    for (case, (&(n_heads, n_kv_heads, head_dim), format)) in
+        SIZES.iter().flat_map(|s| FORMATS.map(|f| (s, f))).enumerate()
+    {
         bench.arena.reset();
         let heads = Heads { n_heads, n_kv_heads, head_dim };
         let sequences = [(0, 1), (0, 2), (31, 3), (0, 33), (130, 17), (259, 31), (0, 127), (511, 1)];
-        let scene = Scene::new(&mut random, heads, &sequences);
+        let scene = Scene::new(&mut random, heads, format, &sequences);
         let loaded = Loaded::new(&bench, &scene);
         for style in [Style::default(), styles[1 + case % 4], styles[1 + (case + 1) % 4]] {
             let many = prefill(&bench, &scene, &loaded, style, &prefill_items(&scene));
@@ -285,11 +301,16 @@ fn prefill_and_decode_agree_with_f64_and_with_each_other() {
 fn neighbours_and_chunks_change_no_bit() {
     let Some(bench) = bench("neighbours_and_chunks_change_no_bit") else { return };
     let mut random = Random(12);
-    for (head_dim, window) in [(64, None), (128, Some(70)), (96, None)] {
+    for (head_dim, window, format) in [
+        (64, None, KvFormat::F16),
+        (128, Some(70), KvFormat::F16),
+        (96, None, KvFormat::Q8_0),
+        (64, Some(33), KvFormat::Q8_0),
+    ] {
         bench.arena.reset();
         let heads = Heads { n_heads: 6, n_kv_heads: 2, head_dim };
         let style = Style { window, sinks: true, softcap: None };
-        let scene = Scene::new(&mut random, heads, &[(0, 300), (64, 40), (5, 1)]);
+        let scene = Scene::new(&mut random, heads, format, &[(0, 300), (64, 40), (5, 1)]);
         let loaded = Loaded::new(&bench, &scene);
         let together = prefill(&bench, &scene, &loaded, style, &prefill_items(&scene));
         for span in &scene.spans {
@@ -320,20 +341,22 @@ fn neighbours_and_chunks_change_no_bit() {
 fn an_unused_item_of_a_graph_does_nothing() {
     let Some(bench) = bench("an_unused_item_of_a_graph_does_nothing") else { return };
     let heads = Heads { n_heads: 4, n_kv_heads: 2, head_dim: 64 };
-    let scene = Scene::new(&mut Random(13), heads, &[(40, 1), (200, 1)]);
-    let loaded = Loaded::new(&bench, &scene);
-    let mut cut = one_by_one(&scene);
-    let without = decode(&bench, &scene, &loaded, Style::default(), &cut, 2);
-    cut.items.insert(1, Item { first_token: 0, first_row: 0, n_rows: 0, table: 0 });
-    let with = decode(&bench, &scene, &loaded, Style::default(), &cut, 2);
-    assert_eq!(row_bits(&scene, &with, 0..2), row_bits(&scene, &without, 0..2));
+    for format in FORMATS {
+        let scene = Scene::new(&mut Random(13), heads, format, &[(40, 1), (200, 1)]);
+        let loaded = Loaded::new(&bench, &scene);
+        let mut cut = one_by_one(&scene);
+        let without = decode(&bench, &scene, &loaded, Style::default(), &cut, 2);
+        cut.items.insert(1, Item { first_token: 0, first_row: 0, n_rows: 0, table: 0 });
+        let with = decode(&bench, &scene, &loaded, Style::default(), &cut, 2);
+        assert_eq!(row_bits(&scene, &with, 0..2), row_bits(&scene, &without, 0..2));
+    }
 }
 
 #[test]
 fn misuse_is_an_error() {
     let Some(bench) = bench("misuse_is_an_error") else { return };
     let heads = Heads { n_heads: 4, n_kv_heads: 2, head_dim: 64 };
-    let scene = Scene::new(&mut Random(14), heads, &[(0, 5)]);
+    let scene = Scene::new(&mut Random(14), heads, KvFormat::F16, &[(0, 5)]);
     let loaded = Loaded::new(&bench, &scene);
     let out = out_rows(&bench, &scene);
     let items = upload_items(&bench, &prefill_items(&scene));
@@ -356,6 +379,10 @@ fn misuse_is_an_error() {
     let mut op = loaded.op(&scene, Style::default(), &out);
     op.sinks = Some(&few_sinks);
     assert!(op.prefill(&bench.kernels, &items, 1).is_err_and(|e| e.to_string().contains("sinks")));
+    let bytes = KvLayer { format: KvFormat::Q8_0, ..loaded.kv.clone() };
+    let mut op = loaded.op(&scene, Style::default(), &out);
+    op.kv = &bytes;
+    assert!(op.prefill(&bench.kernels, &items, 1).is_err_and(|e| e.to_string().contains("whole blocks")));
     let op = loaded.op(&scene, Style::default(), &out);
     let short = bench.zeros::<f32>(10);
     for (rows, max_splits, expected) in [(2, 1, "partial"), (0, 1, "rows"), (17, 1, "rows"), (2, 0, "splits")] {

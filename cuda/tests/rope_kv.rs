@@ -3,7 +3,8 @@
 mod support;
 
 use half::f16;
-use playhouse_cuda::launch::attention::{BLOCK_TOKENS, Heads, KvLayer, RopeKv, rope_kv};
+use playhouse_cuda::launch::attention::{BLOCK_TOKENS, Heads, KvFormat, KvLayer, RopeKv, rope_kv};
+use support::kv::encode;
 use support::{Bench, Random, bench, download};
 
 /// A layer's shape and what its rotation looks like.
@@ -109,14 +110,17 @@ impl Step {
 
 struct Result {
     q: Vec<f16>,
-    k: Vec<f16>,
-    v: Vec<f16>,
+    k: Vec<u8>,
+    v: Vec<u8>,
 }
 
-fn run(bench: &Bench, step: &Step, n: usize) -> Result {
+/// What slots hold that were not written: a NaN in f16.
+const UNTOUCHED: u8 = 0x7f;
+
+fn run(bench: &Bench, step: &Step, format: KvFormat, n: usize) -> Result {
     let Heads { n_heads, n_kv_heads, head_dim } = step.layer.heads;
-    let cache = vec![f16::NAN; N_BLOCKS * n_kv_heads * BLOCK_TOKENS * head_dim];
-    let kv = KvLayer { k: bench.upload(&cache), v: bench.upload(&cache) };
+    let cache = vec![UNTOUCHED; N_BLOCKS * n_kv_heads * format.head_bytes(head_dim)];
+    let kv = KvLayer { format, k: bench.upload(&cache), v: bench.upload(&cache) };
     let q_out = bench.upload(&vec![f16::NAN; step.n * n_heads * head_dim]);
     let norms = [0, 1].map(|i| bench.upload(&step.norms[i]));
     let op = RopeKv {
@@ -138,16 +142,36 @@ fn run(bench: &Bench, step: &Step, n: usize) -> Result {
     Result { q: download(&q_out), k: download(&kv.k), v: download(&kv.v) }
 }
 
-/// The f16 row of a head, from the queries or from the cache.
-fn row<'a>(step: &Step, result: &'a Result, token: usize, head: usize) -> &'a [f16] {
-    let Heads { n_heads, n_kv_heads, head_dim } = step.layer.heads;
-    if head < n_heads {
-        return &result.q[(token * n_heads + head) * head_dim..][..head_dim];
-    }
+/// The cache that holds a head, and the number of the head's row in it.
+fn cached<'a>(step: &Step, result: &'a Result, token: usize, head: usize) -> (&'a [u8], usize) {
+    let Heads { n_heads, n_kv_heads, .. } = step.layer.heads;
     let slot = step.slots[token] as usize;
-    let at = (slot / BLOCK_TOKENS * n_kv_heads + (head - n_heads) % n_kv_heads) * BLOCK_TOKENS + slot % BLOCK_TOKENS;
-    let cache = if head < n_heads + n_kv_heads { &result.k } else { &result.v };
-    &cache[at * head_dim..][..head_dim]
+    let row = (slot / BLOCK_TOKENS * n_kv_heads + (head - n_heads) % n_kv_heads) * BLOCK_TOKENS + slot % BLOCK_TOKENS;
+    (if head < n_heads + n_kv_heads { &result.k } else { &result.v }, row)
+}
+
+/// The f16 row of a head, from the queries or from the cache.
+fn row(step: &Step, result: &Result, token: usize, head: usize) -> Vec<f16> {
+    let Heads { n_heads, head_dim, .. } = step.layer.heads;
+    if head < n_heads {
+        return result.q[(token * n_heads + head) * head_dim..][..head_dim].to_vec();
+    }
+    let (cache, row) = cached(step, result, token, head);
+    cache[row * 2 * head_dim..][..2 * head_dim].chunks(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect()
+}
+
+/// Quants and scales of a head in the 8-bit cache.
+fn byte_row(step: &Step, result: &Result, token: usize, head: usize) -> (Vec<i8>, Vec<f16>) {
+    let head_dim = step.layer.heads.head_dim;
+    let (cache, row) = cached(step, result, token, head);
+    let (groups, in_block) = (head_dim.div_ceil(32), row % BLOCK_TOKENS);
+    let block = &cache[row / BLOCK_TOKENS * KvFormat::Q8_0.head_bytes(head_dim)..];
+    let quants = block[in_block * 32 * groups..][..head_dim].iter().map(|q| (i16::from(*q) - 128) as i8).collect();
+    let scale = |group: usize| {
+        let at = BLOCK_TOKENS * 32 * groups + 2 * (group * BLOCK_TOKENS + in_block);
+        f16::from_le_bytes([block[at], block[at + 1]])
+    };
+    (quants, (0..groups).map(scale).collect())
 }
 
 fn layers() -> Vec<Layer> {
@@ -174,7 +198,7 @@ fn rotation_norm_and_cache_agree_with_f64() {
         for n in [1, 2, 3, 17, 31, 33, 127] {
             bench.arena.reset();
             let step = Step::new(&mut random, layer, n);
-            let result = run(&bench, &step, n);
+            let result = run(&bench, &step, KvFormat::F16, n);
             for token in 0..n {
                 for head in 0..layer.heads.n_heads + 2 * layer.heads.n_kv_heads {
                     let (exact, size) = step.reference(token, head);
@@ -190,9 +214,9 @@ fn rotation_norm_and_cache_agree_with_f64() {
                     }
                 }
             }
-            let untouched = result.k.iter().filter(|k| k.is_nan()).count();
+            let untouched = result.k.chunks(2).filter(|k| k == &[UNTOUCHED; 2]).count();
             let written = n * layer.heads.n_kv_heads * layer.heads.head_dim;
-            assert_eq!(untouched + written, result.k.len(), "only the slots of the tokens are written");
+            assert_eq!(untouched + written, result.k.len() / 2, "only the slots of the tokens are written");
         }
     }
 }
@@ -202,9 +226,9 @@ fn a_token_s_bits_do_not_depend_on_its_neighbours() {
     let Some(bench) = bench("a_token_s_bits_do_not_depend_on_its_neighbours") else { return };
     let mut random = Random(22);
     let step = Step::new(&mut random, layers()[7], 127);
-    let all = run(&bench, &step, 127);
+    let all = run(&bench, &step, KvFormat::F16, 127);
     for n in [1, 2, 33] {
-        let some = run(&bench, &step, n);
+        let some = run(&bench, &step, KvFormat::F16, n);
         for token in 0..n {
             for head in 0..8 {
                 let bits = |result| row(&step, result, token, head).iter().map(|v| v.to_bits()).collect::<Vec<_>>();
@@ -215,14 +239,73 @@ fn a_token_s_bits_do_not_depend_on_its_neighbours() {
 }
 
 #[test]
+fn a_row_without_a_slot_writes_nothing() {
+    let Some(bench) = bench("a_row_without_a_slot_writes_nothing") else { return };
+    let mut step = Step::new(&mut Random(26), layers()[0], 3);
+    step.slots[1] = u32::MAX;
+    for format in [KvFormat::F16, KvFormat::Q8_0] {
+        let written = run(&bench, &step, format, 3).v.iter().filter(|byte| **byte != UNTOUCHED).count();
+        let rows = 2 * 2 * format.head_bytes(64) / BLOCK_TOKENS;
+        assert!(written <= rows && written > rows / 2, "{written} of {rows} bytes");
+    }
+}
+
+#[test]
 fn values_beyond_f16_saturate() {
     let Some(bench) = bench("values_beyond_f16_saturate") else { return };
     let mut step = Step::new(&mut Random(23), layers()[0], 1);
     let at = step.source(0, 16);
     step.qkv[at] = 1e30;
     step.qkv[at + 1] = -1e30;
-    let result = run(&bench, &step, 1);
+    let result = run(&bench, &step, KvFormat::F16, 1);
     assert_eq!(&row(&step, &result, 0, 16)[..2], &[f16::MAX, f16::MIN]);
+}
+
+#[test]
+fn the_8_bit_cache_rounds_as_the_cpu_does() {
+    let Some(bench) = bench("the_8_bit_cache_rounds_as_the_cpu_does") else { return };
+    let mut random = Random(25);
+    for layer in layers() {
+        for n in [1, 2, 3, 17, 31, 33, 127] {
+            bench.arena.reset();
+            let Heads { n_heads, n_kv_heads, head_dim } = layer.heads;
+            let mut step = Step::new(&mut random, layer, n);
+            // A row of zeros, one with ties at half a step, one of tiny numbers.
+            for (head, value) in [(0, 0.0), (1, 63.5), (2, 1.0e-30)].into_iter().take(n_kv_heads) {
+                let at = step.source(0, n_heads + n_kv_heads + head);
+                step.qkv[at..at + head_dim].fill(value);
+                step.qkv[at] *= 2.0;
+            }
+            let result = run(&bench, &step, KvFormat::Q8_0, n);
+            let halves = run(&bench, &step, KvFormat::F16, n);
+            for token in 0..n {
+                for head in n_heads + n_kv_heads..n_heads + 2 * n_kv_heads {
+                    let exact = encode(KvFormat::Q8_0, &step.qkv[step.source(token, head)..][..head_dim]);
+                    let (quants, scales) = byte_row(&step, &result, token, head);
+                    assert_eq!(
+                        (quants, scales),
+                        (exact.quants, exact.scales),
+                        "{layer:?}: value {head} of token {token}"
+                    );
+                }
+                for head in 0..n_heads {
+                    assert_eq!(row(&step, &result, token, head), row(&step, &halves, token, head), "queries stay f16");
+                }
+                for head in n_heads..n_heads + n_kv_heads {
+                    // The rotated key differs from f64 in the last bits of f32, so that a tie may fall either way.
+                    let (exact, _) = step.reference(token, head);
+                    let (quants, scales) = byte_row(&step, &result, token, head);
+                    for (d, exact) in exact.iter().enumerate() {
+                        let (scale, q) = (scales[d / 32].to_f64(), f64::from(quants[d]));
+                        assert!(
+                            (q * scale - exact).abs() <= scale * 0.51 + exact.abs() * 2f64.powi(-10),
+                            "{q} x {scale}, {exact}"
+                        );
+                    }
+                }
+            }
+        }
+    }
 }
 
 #[test]
@@ -230,12 +313,15 @@ fn misuse_is_an_error() {
     let Some(bench) = bench("misuse_is_an_error") else { return };
     let step = Step::new(&mut Random(24), layers()[0], 3);
     let Heads { n_heads, n_kv_heads, head_dim } = step.layer.heads;
-    let cache = bench.zeros::<f16>(N_BLOCKS * n_kv_heads * BLOCK_TOKENS * head_dim);
-    let kv = KvLayer { k: cache.clone(), v: cache };
+    let format = KvFormat::F16;
+    let cache = bench.zeros::<u8>(N_BLOCKS * n_kv_heads * format.head_bytes(head_dim));
+    let kv = KvLayer { format, k: cache.clone(), v: cache };
+    let bytes = KvLayer { format: KvFormat::Q8_0, ..kv.clone() };
     let qkv = bench.upload(&step.qkv);
     let table = bench.upload(&step.table);
     let (positions, slots) = (bench.upload(&step.positions), bench.upload(&step.slots));
     let q_out = bench.zeros::<f16>(3 * n_heads * head_dim);
+    let (short_q, short_norm) = (q_out.slice(0..100), bench.zeros::<f32>(63));
     let good = RopeKv {
         heads: step.layer.heads,
         qkv: &qkv,
@@ -251,17 +337,19 @@ fn misuse_is_an_error() {
         q_out: &q_out,
         kv: &kv,
     };
-    let check = |change: &dyn Fn(&mut RopeKv<'_>), n: usize, expected: &str| {
-        let mut op = good.clone();
-        change(&mut op);
+    let check = |op: RopeKv<'_>, n: usize, expected: &str| {
         let error = rope_kv(&bench.kernels, &op, n).expect_err(expected).to_string();
         assert!(error.contains(expected), "{error}");
     };
-    check(&|_| (), 0, "qkv");
-    check(&|_| (), 4, "qkv");
-    check(&|op| op.stride = op.v_first, 3, "qkv");
-    check(&|op| op.n_rot = 66, 3, "rotation");
-    check(&|op| op.n_rot = 33, 3, "rotation");
-    check(&|op| op.heads.head_dim = 48, 3, "head size");
-    check(&|op| op.heads.n_kv_heads = 5, 3, "whole groups");
+    let heads = |n_kv_heads, head_dim| Heads { n_kv_heads, head_dim, ..good.heads };
+    check(RopeKv { q_out: &short_q, ..good.clone() }, 3, "q_out");
+    check(RopeKv { norm: Some((&short_norm, &short_norm, 1e-6)), ..good.clone() }, 3, "norm");
+    check(RopeKv { kv: &bytes, ..good.clone() }, 3, "whole blocks");
+    check(good.clone(), 0, "qkv");
+    check(good.clone(), 4, "qkv");
+    check(RopeKv { stride: step.v_first, ..good.clone() }, 3, "qkv");
+    check(RopeKv { n_rot: 66, ..good.clone() }, 3, "rotation");
+    check(RopeKv { n_rot: 33, ..good.clone() }, 3, "rotation");
+    check(RopeKv { heads: heads(2, 48), ..good.clone() }, 3, "head size");
+    check(RopeKv { heads: heads(5, 64), ..good.clone() }, 3, "whole groups");
 }

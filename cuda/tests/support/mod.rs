@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 pub(crate) mod formats;
+pub(crate) mod kv;
 
 use playhouse_cuda::arena::{Arena, Buffer, Element};
 use playhouse_cuda::gpu::{Gpu, visible_gpus};

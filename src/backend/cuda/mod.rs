@@ -38,7 +38,7 @@ use playhouse_cuda::arena::{Arena, Cap};
 use playhouse_cuda::gpu::Gpu;
 use playhouse_cuda::graph::{Capture, Graph};
 use playhouse_cuda::kernels::Kernels;
-use playhouse_cuda::launch::attention::{HEAD_DIMS, Heads, KvLayer, SPLIT};
+use playhouse_cuda::launch::attention::{HEAD_DIMS, Heads, KvFormat, KvLayer, SPLIT};
 use playhouse_cuda::launch::moe::{MAX_EXPERTS, MAX_USED};
 use playhouse_cuda::pinned::Pinned;
 use staging::Staging;
@@ -88,8 +88,8 @@ enum Recording {
 struct KvCache {
     layers: Vec<KvLayer>,
     arena: Arena,
-    /// Elements of a block of one layer's keys.
-    block_len: usize,
+    /// Bytes of a block of one layer's keys.
+    block_bytes: usize,
 }
 
 /// Elements that are read through page-locked memory; longer reads go straight.
@@ -255,9 +255,10 @@ impl CudaBackend {
 
     fn try_kv_cache(&mut self, layout: KvLayout) -> Result<KvCache, CudaError> {
         self.gpu.bind()?;
-        let block_len = layout.n_kv_heads * super::BLOCK_TOKENS * layout.head_dim;
-        let len = block_len * layout.n_blocks;
-        let bytes = 2 * layout.n_layers as u64 * (2 * len as u64).next_multiple_of(playhouse_cuda::arena::ALIGN);
+        let format = if layout.dtype == KvDtype::Q8_0 { KvFormat::Q8_0 } else { KvFormat::F16 };
+        let block_bytes = layout.n_kv_heads * format.head_bytes(layout.head_dim);
+        let len = block_bytes * layout.n_blocks;
+        let bytes = 2 * layout.n_layers as u64 * (len as u64).next_multiple_of(playhouse_cuda::arena::ALIGN);
         let arena = Arena::with_cap(&self.gpu, "keys and values", bytes, self.cap.clone())?;
         arena.commit(bytes)?;
         let layer = |_| {
@@ -265,10 +266,10 @@ impl CudaBackend {
             // A block is read up to its end before it is full: what is there must be numbers.
             k.zero()?;
             v.zero()?;
-            Ok(KvLayer { k, v })
+            Ok(KvLayer { format, k, v })
         };
         let layers = (0..layout.n_layers).map(layer).collect::<Result<_, CudaError>>()?;
-        Ok(KvCache { layers, arena: arena.clone(), block_len })
+        Ok(KvCache { layers, arena: arena.clone(), block_bytes })
     }
 
     fn load(&mut self, sources: &[WeightSource<'_>], join: Join) -> Result<Vec<CudaWeight>, BackendError> {
@@ -325,8 +326,8 @@ impl Backend for CudaBackend {
     }
 
     fn kv_cache(&mut self, layout: KvLayout) -> Result<(), BackendError> {
-        if layout.dtype != KvDtype::F16 {
-            return Err(self.unsupported("keys and values", format!("{:?}, expected F16", layout.dtype)));
+        if layout.dtype == KvDtype::F32 {
+            return Err(self.unsupported("keys and values", format!("{:?}, expected F16 or Q8_0", layout.dtype)));
         }
         if !HEAD_DIMS.contains(&layout.head_dim) {
             let reason = format!("heads of {}, expected one of {HEAD_DIMS:?}", layout.head_dim);
@@ -410,7 +411,7 @@ impl Backend for CudaBackend {
     fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), BackendError> {
         let kv = self.kv.as_ref().expect("copy_blocks before kv_cache");
         let copy = |&(from, to): &(u32, u32)| -> Result<(), CudaError> {
-            let block = |i: u32| i as usize * kv.block_len..(i as usize + 1) * kv.block_len;
+            let block = |i: u32| i as usize * kv.block_bytes..(i as usize + 1) * kv.block_bytes;
             kv.layers
                 .iter()
                 .flat_map(|layer| [&layer.k, &layer.v])
