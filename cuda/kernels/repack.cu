@@ -26,9 +26,10 @@ DEVICE const uint8_t *source_row(const RepackArgs &args, int g, int r) {
 
 template <int KIND> DEVICE uint8_t zero_quant() { return KIND == Q8 ? 128 : KIND == Q6 ? 32 : 0; }
 
-// Bits of the E8M0-like exponent byte: f16's exponent field of 2^14 s, clamped to f16's normal range.
+// Bits of the E8M0-like exponent byte: f16's exponent field of 2^14 times the scale, of which s is half; clamped to f16's normal
+// range.
 DEVICE uint8_t f16_exponent(float s) {
-    const int e = static_cast<int>((__float_as_uint(s) >> 23) & 0xff) - 127 + 14 + 15;
+    const int e = static_cast<int>((__float_as_uint(s) >> 23) & 0xff) - 127 + 1 + 14 + 15;
     return static_cast<uint8_t>(min(max(e, 0), 30));
 }
 

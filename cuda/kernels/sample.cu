@@ -91,6 +91,7 @@ template <int AHEAD, class F> DEVICE void for_quads(const Row &row, F f) {
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
+            if (tile + i >= row.end_tile) break;
             const float v[4] = {quads[i].x, quads[i].y, quads[i].z, quads[i].w};
             f((tile + i) * TILE + 4 * static_cast<int>(threadIdx.x), v);
         }

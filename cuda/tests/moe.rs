@@ -44,7 +44,8 @@ fn the_best_experts_are_chosen_in_order_and_weighed_by_a_softmax() {
             let (experts, weights) = (download(&choices.experts), download(&choices.weights));
             for (t, scores) in scores.chunks(n_experts).enumerate() {
                 let mut order: Vec<usize> = (0..n_experts).collect();
-                order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a])); // stable: ties by index
+                // Stable: ties by index. Both zeros are one score.
+                order.sort_by(|a, b| scores[*b].partial_cmp(&scores[*a]).expect("numbers"));
                 let found: Vec<usize> = experts[t * n_used..][..n_used].iter().map(|e| *e as usize).collect();
                 assert_eq!(found, order[..n_used], "{n_used} of {n_experts}, token {t}: {scores:?}");
                 let exp = |e: &usize| f64::from(scores[*e] - scores[order[0]]).exp();

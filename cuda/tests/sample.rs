@@ -409,7 +409,7 @@ fn penalties_follow_what_the_kernel_itself_chose() {
         temperature: 0.9,
         repetition_penalty: 1.2,
         presence_penalty: 0.3,
-        frequency_penalty: 0.7,
+        frequency_penalty: 0.1,
         seed: 11,
         history: Some(0),
         ..Request::greedy()
@@ -419,7 +419,7 @@ fn penalties_follow_what_the_kernel_itself_chose() {
     count(&bench, &sampler, 0, &row);
     for index in 0..40 {
         row.request.index = index;
-        let logits: Vec<f32> = (0..n_vocab).map(|i| 2.0 * random.normal() + if i < 5 { 4.0 } else { 0.0 }).collect();
+        let logits: Vec<f32> = (0..n_vocab).map(|i| 2.0 * random.normal() + if i < 5 { 9.0 } else { 0.0 }).collect();
         let (requests, ..) = requests(std::slice::from_ref(&row));
         write(&sampler.inputs.rows, &pack(&requests, &sampler.limits).expect("within the limits").rows);
         let device = Rows { data: bench.upload(&logits), stride: n_vocab };
