@@ -9,7 +9,7 @@ use crate::gpu::Gpu;
 use cudarc::driver::sys;
 use std::marker::PhantomData;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 /// Buffers start at multiples of this, enough for 128-bit loads, bulk copies and whole L2 sectors.
 pub const ALIGN: u64 = 256;
@@ -201,6 +201,28 @@ impl Arena {
             Ok((unsafe { OwnedFd::from_raw_fd(fd) }, chunk.bytes))
         };
         state.chunks.iter().map(export_one).collect()
+    }
+}
+
+/// An arena that something else keeps.
+#[derive(Debug, Clone)]
+pub(crate) struct WeakArena(Weak<Shared>);
+
+impl WeakArena {
+    /// [`Arena::mapped_bytes`], 0 once the arena is gone.
+    pub(crate) fn mapped_bytes(&self) -> u64 {
+        self.0.upgrade().map_or(0, |shared| Arena(shared).mapped_bytes())
+    }
+
+    /// Whether the arena is gone.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.0.strong_count() == 0
+    }
+}
+
+impl Arena {
+    pub(crate) fn weak(&self) -> WeakArena {
+        WeakArena(Arc::downgrade(&self.0))
     }
 }
 
