@@ -6,46 +6,8 @@ use half::f16;
 use playhouse_cuda::arena::Buffer;
 use playhouse_cuda::launch::matmul::{self, Experts, Gate, Output, Product, Rows};
 use playhouse_cuda::launch::matrix::{FORMATS, Format, HalfRows, Layout, Matrix, Part, TILE_ROWS};
+use support::formats::random_rows;
 use support::{Bench, Random, bench, download};
-
-/// Encoded rows with random bits and scales of usable size.
-fn random_rows(random: &mut Random, format: Format, n_rows: usize, n_cols: usize) -> Vec<u8> {
-    let (elems, bytes) = format.block();
-    let mut out = Vec::with_capacity(n_rows * n_cols / elems * bytes);
-    for _ in 0..n_rows * n_cols / elems {
-        let mut block: Vec<u8> = (0..bytes).map(|_| random.next() as u8).collect();
-        let scale = f16::from_f32(0.002 + 0.004 * random.unit()).to_le_bytes();
-        let minimum = f16::from_f32(0.01 * random.unit()).to_le_bytes();
-        let at = match format.name {
-            "F32" => {
-                block = (0.05 * random.normal()).to_le_bytes().to_vec();
-                vec![]
-            }
-            "F16" => {
-                block = f16::from_f32(0.05 * random.normal()).to_le_bytes().to_vec();
-                vec![]
-            }
-            "BF16" => {
-                block = half::bf16::from_f32(0.05 * random.normal()).to_le_bytes().to_vec();
-                vec![]
-            }
-            "MXFP4" => {
-                block[0] = 118 + (random.next() % 5) as u8;
-                vec![]
-            }
-            "Q4_1" | "Q5_1" | "Q4_K" | "Q5_K" => vec![(0, scale), (2, minimum)],
-            "Q2_K" => vec![(80, scale), (82, minimum)],
-            "Q3_K" => vec![(108, scale)],
-            "Q6_K" => vec![(208, f16::from_f32(1e-4).to_le_bytes())],
-            _ => vec![(0, scale)],
-        };
-        for (at, value) in at {
-            block[at..at + 2].copy_from_slice(&value);
-        }
-        out.extend(block);
-    }
-    out
-}
 
 struct Case {
     matrix: Matrix,

@@ -7,3 +7,4 @@ pub mod matmul;
 pub mod matrix;
 pub mod moe;
 pub mod norm;
+pub mod sample;

@@ -1,6 +1,8 @@
 //! What the GPU tests share: the device if there is one, random numbers, comparisons.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub(crate) mod formats;
+
 use playhouse_cuda::arena::{Arena, Buffer, Element};
 use playhouse_cuda::gpu::{Gpu, visible_gpus};
 use playhouse_cuda::kernels::Kernels;
