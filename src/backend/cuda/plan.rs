@@ -144,7 +144,7 @@ impl WorkSizes {
         let mut sizes = Self {
             normed: t.max(shape.max_logit_rows) * shape.hidden_dim.next_multiple_of(TILE_K),
             qkv: t * (q_dim + 2 * kv_dim),
-            partial: partial_len(shape, n_sms),
+            partial: partial_len(shape, n_sms).max(1),
             attention: attention::decode_partial_len(
                 heads,
                 shape.max_logit_rows.min(t) * items_per_token(heads),

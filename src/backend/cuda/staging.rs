@@ -9,7 +9,7 @@ use playhouse_cuda::pinned::Pinned;
 use rayon::prelude::*;
 
 /// Bytes of a chunk.
-const CHUNK: usize = 32 << 20;
+const CHUNK: usize = 16 << 20;
 /// Bytes that one thread copies at a time.
 const PIECE: usize = 1 << 20;
 
