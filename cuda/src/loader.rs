@@ -253,19 +253,19 @@ impl Loader {
         let pieces: Vec<Buffer<u8>> = reading.pieces.iter().map(place).collect();
         let result = arrived(Arrival { chunk: reading.chunk, pieces: &pieces, done_bytes, total_bytes });
         // Even after a failure something may have been enqueued.
-        let consumed = slot.consumed.record(self.gpu.stream()).map_err(LoadError::from);
+        let consumed = slot.consumed.record(None).map_err(LoadError::from);
         result?;
         Ok(consumed?)
     }
 
     fn copy(&self, slot: &Slot, bytes: usize) -> Result<(), CudaError> {
-        let stream = self.stream.raw();
-        slot.consumed.hold(stream)?;
+        let (own, stream) = (Some(&self.stream), self.stream.raw());
+        slot.consumed.hold(own)?;
         // SAFETY: both places hold `bytes`; neither is touched before its event has passed.
         let result = unsafe { sys::cuMemcpyHtoDAsync_v2(slot.device.ptr(), slot.host.as_ptr().cast(), bytes, stream) };
         self.gpu.check(result, || format!("cuMemcpyHtoDAsync({bytes})"))?;
-        slot.copied.record(stream)?;
-        slot.copied.hold(self.gpu.stream())
+        slot.copied.record(own)?;
+        slot.copied.hold(None)
     }
 }
 

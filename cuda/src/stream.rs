@@ -87,22 +87,27 @@ impl Event {
         Ok(Event { gpu: gpu.clone(), raw })
     }
 
-    /// Makes it the point after everything enqueued on `stream` so far.
+    /// Makes it the point after everything enqueued so far, on the device's own stream or on another.
     ///
     /// # Errors
     /// A failed driver call.
-    pub fn record(&self, stream: sys::CUstream) -> Result<(), CudaError> {
-        // SAFETY: the event is ours; the stream is the caller's and of the same context.
-        self.gpu.check(unsafe { sys::cuEventRecord(self.raw, stream) }, || "cuEventRecord".into())
+    pub fn record(&self, stream: Option<&Stream>) -> Result<(), CudaError> {
+        // SAFETY: event and stream are of the same context.
+        self.gpu.check(unsafe { sys::cuEventRecord(self.raw, self.handle(stream)) }, || "cuEventRecord".into())
     }
 
-    /// Makes what is enqueued on `stream` from now on wait for it.
+    /// Makes what is enqueued from now on wait for it, on the device's own stream or on another.
     ///
     /// # Errors
     /// A failed driver call.
-    pub fn hold(&self, stream: sys::CUstream) -> Result<(), CudaError> {
-        // SAFETY: as above.
-        self.gpu.check(unsafe { sys::cuStreamWaitEvent(stream, self.raw, 0) }, || "cuStreamWaitEvent".into())
+    pub fn hold(&self, stream: Option<&Stream>) -> Result<(), CudaError> {
+        // SAFETY: event and stream are of the same context.
+        let result = unsafe { sys::cuStreamWaitEvent(self.handle(stream), self.raw, 0) };
+        self.gpu.check(result, || "cuStreamWaitEvent".into())
+    }
+
+    fn handle(&self, stream: Option<&Stream>) -> sys::CUstream {
+        stream.map_or(self.gpu.stream(), |stream| stream.raw)
     }
 
     /// Makes the calling thread wait for it.

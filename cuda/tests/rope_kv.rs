@@ -85,12 +85,10 @@ impl Step {
         let Heads { n_heads, n_kv_heads, head_dim } = self.layer.heads;
         let input = &self.qkv[self.source(token, head)..][..head_dim];
         let mut x: Vec<f64> = input.iter().map(|x| f64::from(*x)).collect();
-        if head < n_heads + n_kv_heads {
-            if let Some(eps) = self.layer.norm_eps {
-                let mean = x.iter().map(|x| x * x).sum::<f64>() / head_dim as f64;
-                let norm = &self.norms[usize::from(head >= n_heads)];
-                x.iter_mut().zip(norm).for_each(|(x, w)| *x *= f64::from(*w) / (mean + f64::from(eps)).sqrt());
-            }
+        if let Some(eps) = self.layer.norm_eps.filter(|_| head < n_heads + n_kv_heads) {
+            let mean = x.iter().map(|x| x * x).sum::<f64>() / head_dim as f64;
+            let norm = &self.norms[usize::from(head >= n_heads)];
+            x.iter_mut().zip(norm).for_each(|(x, w)| *x *= f64::from(*w) / (mean + f64::from(eps)).sqrt());
         }
         let mut size: Vec<f64> = x.iter().map(|x| x.abs()).collect();
         if head < n_heads + n_kv_heads {

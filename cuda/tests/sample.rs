@@ -88,9 +88,9 @@ impl Row {
             }
             _ => (),
         }
-        if n_vocab > 40 && random.next() % 4 == 0 {
+        if n_vocab > 40 && random.next().is_multiple_of(4) {
             let share = 2 + random.next() % 3;
-            row.allowed = Some((0..n_vocab).map(|_| random.next() % share == 0).collect());
+            row.allowed = Some((0..n_vocab).map(|_| random.next().is_multiple_of(share)).collect());
         }
         row
     }

@@ -246,10 +246,8 @@ impl Request<'_> {
         let is_finite =
             [self.repetition_penalty, self.presence_penalty, self.frequency_penalty].iter().all(|p| p.is_finite());
         let in_range = |share: f32| (0.0..=1.0).contains(&share);
-        if !(self.temperature >= 0.0 && self.temperature.is_finite() && is_finite)
-            || !in_range(self.top_p)
-            || !in_range(self.min_p)
-        {
+        let is_warm = self.temperature >= 0.0 && self.temperature.is_finite();
+        if !(is_warm && is_finite && in_range(self.top_p) && in_range(self.min_p)) {
             return Err(contract(
                 "parameters",
                 "a temperature from 0, shares in 0 ..= 1, finite penalties",
