@@ -16,6 +16,7 @@ mod batch;
 pub mod cpu;
 pub mod cuda;
 mod ops;
+mod sample;
 mod shape;
 
 pub use batch::{BLOCK_TOKENS, Batch, SeqSpan};
@@ -23,6 +24,7 @@ pub use ops::{
     Activation, AttentionOp, GatedOp, HeadDims, HeadOp, Linear, MoeOp, MoeWeighting, Norm, Pairing, QkvOp, Rope,
 };
 
+pub use sample::{SampleRow, Sampled};
 pub use shape::{Join, ModelShape, WeightGroup, WeightShape, WeightUse};
 
 use crate::dtype::DType;
@@ -270,6 +272,19 @@ pub trait Backend {
     /// # Errors
     /// [`BackendError::Device`] if anything enqueued since the last call failed.
     fn read(&mut self, tensor: &Self::Tensor, out: &mut [f32]) -> Result<(), BackendError>;
+
+    /// Chooses a token from each of the first `rows.len()` rows of `logits`, as `engine::sampler` defines it, and waits for it.
+    /// The logits may be changed. `None`, and nothing changed, where the backend leaves the choice to the caller.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`] if anything enqueued since the last call failed.
+    fn choose(
+        &mut self,
+        _logits: &mut Self::Tensor,
+        _rows: &[SampleRow<'_>],
+    ) -> Result<Option<Vec<Sampled>>, BackendError> {
+        Ok(None)
+    }
 
     /// Copies whole KV blocks (`from`, `to`) in every layer, before anything of the next step.
     ///

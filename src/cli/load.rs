@@ -106,7 +106,11 @@ impl ModelArgs {
         Ok(LoadedModel { file, tokenizer, template, runner, spec, device, load_time: start.elapsed() })
     }
 
-    fn device(&self) -> Result<DeviceName, CliError> {
+    /// The device that the flags name.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub(crate) fn device(&self) -> Result<DeviceName, CliError> {
         DeviceName::find(&self.device).map_err(|error| {
             let exit = match error {
                 DeviceError::Unknown { .. } => Exit::Usage,

@@ -45,6 +45,11 @@ impl<B: Backend> Activations<B> {
     pub fn logits(&self) -> &B::Tensor {
         &self.logits
     }
+
+    /// The same, to choose tokens from.
+    pub fn logits_mut(&mut self) -> &mut B::Tensor {
+        &mut self.logits
+    }
 }
 
 /// Elements of [`Activations`] per token, and per row of logits.

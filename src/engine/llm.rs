@@ -4,7 +4,7 @@ use super::sampler::{Chosen, RowOptions, SampleError, Sampler};
 use super::scheduler::{Ended, Outcome, Scheduler, SchedulerLimits, StepPlan, Work};
 use super::validate::validate;
 use super::{StepModel, batch};
-use crate::backend::{BackendError, Batch};
+use crate::backend::{BackendError, Batch, SampleRow};
 use playhouse_actors::engine::{
     Engine, EngineError, EngineEvent, EngineRequest, EngineStats, RequestError, RequestId, StepReport,
 };
@@ -28,6 +28,9 @@ impl Default for EngineOptions {
         Self { max_sequences: usize::MAX, prefill_chunk: 512, prefix_cache: true }
     }
 }
+
+/// A row's token, or why there is none.
+type Choice = Result<Chosen, SampleError>;
 
 /// A model with everything that serving it takes. See [`Engine`] for the contract.
 ///
@@ -97,24 +100,41 @@ impl<M: StepModel> LlmEngine<M> {
         self.scheduler.drop_prefix_cache()
     }
 
-    /// Chooses the next token of every sequence whose logits were computed, each on its own.
-    fn choose(&mut self, plan: &StepPlan) -> Vec<(Work, Result<Chosen, SampleError>)> {
+    /// Runs the step and chooses the next token of every sequence whose logits it computed, each on its own: on the device if
+    /// it can, for all or for none.
+    fn run_and_choose(&mut self, plan: &StepPlan) -> Result<Vec<(Work, Choice)>, BackendError> {
         let works: Vec<Work> = plan.work.iter().copied().filter(|work| work.chooses).collect();
-        let rows = self.logits.par_chunks_mut(self.model.n_vocab());
         let (scheduler, samplers) = (&self.scheduler, &self.samplers);
-        let choose_row = |(work, row): (&Work, &mut [f32])| {
+        let of = |work: &Work| {
             let sequence = scheduler.sequence(work.key);
             let request = sequence.request();
             let options = RowOptions { forbidden: sequence.forbidden(), mask: None, n_logprobs: request.logprobs };
-            (*work, samplers[&request.id].choose(row, index_of(sequence.n_emitted()), options))
+            (&samplers[&request.id], index_of(sequence.n_emitted()), options)
         };
-        works.par_iter().zip(rows).map(choose_row).collect()
+        let on_device = |work: &Work| {
+            let (sampler, index, options) = of(work);
+            sampler.on_device(index, options)
+        };
+        let rows: Option<Vec<SampleRow<'_>>> = works.iter().map(on_device).collect();
+        let sampled = match rows.filter(|rows| !rows.is_empty()) {
+            Some(rows) => self.model.run_and_choose(&self.batch, &rows, &mut self.logits)?,
+            None => self.model.run(&self.batch, &mut self.logits).map(|()| None)?,
+        };
+        if let Some(sampled) = sampled {
+            return Ok(works.into_iter().zip(sampled.into_iter().map(Chosen::on_device)).collect());
+        }
+        let rows = self.logits.par_chunks_mut(self.model.n_vocab());
+        let choose_row = |(work, row): (&Work, &mut [f32])| {
+            let (sampler, index, options) = of(work);
+            (*work, sampler.choose(row, index, options))
+        };
+        Ok(works.par_iter().zip(rows).map(choose_row).collect())
     }
 
     /// Turns the choices into events and hands them to the scheduler.
-    fn settle(&mut self, plan: &StepPlan, events: &mut Vec<EngineEvent>) {
+    fn settle(&mut self, plan: &StepPlan, choices: Vec<(Work, Choice)>, events: &mut Vec<EngineEvent>) {
         let mut outcomes = Vec::new();
-        for (work, chosen) in self.choose(plan) {
+        for (work, chosen) in choices {
             let sequence = self.scheduler.sequence(work.key);
             let (id, index) = (sequence.request().id, index_of(sequence.n_emitted()));
             match chosen {
@@ -184,9 +204,9 @@ impl<M: StepModel> Engine for LlmEngine<M> {
             return Ok(StepReport { n_preempted: plan.n_preempted, busy, ..StepReport::default() });
         }
         batch::fill(&mut self.batch, &plan, &self.scheduler);
-        self.model.run(&self.batch, &mut self.logits).map_err(engine_error)?;
+        let choices = self.run_and_choose(&plan).map_err(engine_error)?;
         let report = self.count(&plan);
-        self.settle(&plan, events);
+        self.settle(&plan, choices, events);
         Ok(StepReport { busy: self.scheduler.is_busy(), ..report })
     }
 

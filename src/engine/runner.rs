@@ -4,7 +4,7 @@ use super::forward::{Activations, Probe, forward};
 use super::vram::{kv_blocks, kv_layout};
 use super::weights::{Resident, model_shape, resident_bytes};
 use super::{StepCapacity, StepModel, engine_error};
-use crate::backend::{Backend, BackendError, Batch, KvDtype, MemoryUse};
+use crate::backend::{Backend, BackendError, Batch, KvDtype, MemoryUse, SampleRow, Sampled};
 use crate::gguf::GgufFile;
 use crate::models::{ModelError, ModelSpec, describe};
 use playhouse_actors::engine::{EngineError, LoadPhase, LoadProgress};
@@ -154,6 +154,21 @@ impl<B: Backend> StepModel for Runner<B> {
 
     fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), BackendError> {
         self.run_probed(batch, logits, None)
+    }
+
+    fn run_and_choose(
+        &mut self,
+        batch: &Batch,
+        rows: &[SampleRow<'_>],
+        logits: &mut Vec<f32>,
+    ) -> Result<Option<Vec<Sampled>>, BackendError> {
+        forward(&mut self.backend, &self.resident, &mut self.activations, batch, None)?;
+        let sampled = self.backend.choose(self.activations.logits_mut(), rows)?;
+        if sampled.is_none() {
+            logits.resize(batch.logit_rows.len() * self.spec.n_vocab, 0.0);
+            self.backend.read(self.activations.logits(), logits)?;
+        }
+        Ok(sampled)
     }
 
     fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), BackendError> {

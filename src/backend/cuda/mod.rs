@@ -10,7 +10,7 @@
 //! | `weight.rs`, `staging.rs` | resident weights, and their way there |
 //! | `tensor.rs`, `work.rs` | activations, and the work space of ops |
 //! | `step.rs` | what a step uploads, and which steps can be recorded |
-//! | `ops.rs` | the ops |
+//! | `ops.rs`, `sampling.rs` | the ops, and the choice of tokens |
 //! | `measure.rs` | what the GPU's memory and tensor cores give |
 
 mod plan;
@@ -20,6 +20,7 @@ mod staging;
 mod weight;
 mod step;
 mod ops;
+mod sampling;
 mod measure;
 
 pub use measure::{GpuSpeed, measure};
@@ -30,7 +31,7 @@ pub use weight::CudaWeight;
 
 use super::{
     AttentionOp, Backend, BackendError, Batch, Begun, GatedOp, HeadOp, Join, KvDtype, KvLayout, Linear, MemoryUse,
-    ModelShape, MoeOp, QkvOp, WeightSource,
+    ModelShape, MoeOp, QkvOp, SampleRow, Sampled, WeightSource,
 };
 use plan::{WorkSizes, heads};
 use playhouse_cuda::CudaError;
@@ -41,6 +42,7 @@ use playhouse_cuda::kernels::Kernels;
 use playhouse_cuda::launch::attention::{HEAD_DIMS, Heads, KvFormat, KvLayer, SPLIT};
 use playhouse_cuda::launch::moe::{MAX_EXPERTS, MAX_USED};
 use playhouse_cuda::pinned::Pinned;
+use sampling::Sampling;
 use staging::Staging;
 use std::collections::HashMap;
 use step::{Arrangement, Bucket, Inputs, StepInputs};
@@ -61,6 +63,7 @@ pub struct CudaBackend {
     capture: Option<(Bucket, Capture)>,
     recordings: HashMap<Bucket, Recording>,
     inputs: Option<StepInputs>,
+    sampling: Option<Sampling>,
     /// Where small results land on the host.
     landing: Pinned<f32>,
     staging: Option<Staging>,
@@ -115,6 +118,7 @@ impl CudaBackend {
             capture: None,
             recordings: HashMap::new(),
             inputs: None,
+            sampling: None,
             landing: Pinned::new(&gpu, LANDING)?,
             staging: None,
             kv: None,
@@ -248,6 +252,7 @@ impl CudaBackend {
         self.work.arena.commit(usage.scratch)?;
         self.work.reserve(&sizes)?;
         self.inputs = Some(StepInputs::new(&self.gpu, &self.work.arena, sizes.inputs)?);
+        self.sampling = Some(Sampling::new(&self.gpu, &self.work.arena, sampling::limits(shape))?);
         self.heads = heads(shape.heads);
         self.shape = Some(shape.clone());
         Ok(())
@@ -405,6 +410,15 @@ impl Backend for CudaBackend {
             Ok(())
         };
         let result = self.failed.clone().map_or(Ok(()), Err).and_then(|()| read());
+        result.map_err(|e| self.error(e))
+    }
+
+    fn choose(
+        &mut self,
+        logits: &mut CudaTensor,
+        rows: &[SampleRow<'_>],
+    ) -> Result<Option<Vec<Sampled>>, BackendError> {
+        let result = self.check_failed().and_then(|()| self.run_choose(logits, rows));
         result.map_err(|e| self.error(e))
     }
 

@@ -285,7 +285,7 @@ pub fn memory_use(shape: &ModelShape, n_sms: usize) -> MemoryUse {
     MemoryUse {
         weights: whole_pages(shape.groups.iter().map(group_bytes).sum()),
         kv: whole_pages(kv_bytes(shape)),
-        scratch: whole_pages(tensors + WorkSizes::of(shape, n_sms).bytes()),
+        scratch: whole_pages(tensors + WorkSizes::of(shape, n_sms).bytes() + super::sampling::limits(shape).bytes()),
     }
 }
 
