@@ -7,6 +7,7 @@
 //! cargo bench --bench load -- delay [SECONDS]             what the front adds to a token at 10,000 tokens a second
 //! cargo bench --bench load -- overload [SECONDS]          20 times as many requests as are admitted
 //! cargo bench --bench load -- loris [CONNECTIONS]         connections that never finish their headers
+//! cargo bench --bench load -- serve PORT                  the embedded model behind the front, for other generators
 //! cargo bench --bench load -- URL MODEL RATE SECONDS      open-loop arrivals at a house that runs
 //! ```
 //!
@@ -36,7 +37,8 @@ fn main() {
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     raise_descriptors();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
     let number = |at: usize, default: u64| words.get(at).and_then(|word| word.parse().ok()).unwrap_or(default);
     let report = runtime.block_on(async {
         match words.first().copied() {
@@ -50,6 +52,7 @@ fn main() {
             Some("delay") => delay(number(1, 10)).await,
             Some("overload") => overload(number(1, 60)).await,
             Some("loris") => loris(number(1, 10_000)).await,
+            Some("serve") => serve(number(1, 7070)).await,
             Some(url) => live(url, words.get(1).copied().unwrap_or("basho"), number(2, 4), number(3, 10)).await,
         }
     });
@@ -81,6 +84,17 @@ async fn null_house(pace: Pace, counts: Counts, emitted: Option<Emitted>, queued
     setup.start().await
 }
 
+/// The real engine on the embedded model, until the process is ended.
+async fn serve(port: u64) -> Value {
+    let port = u16::try_from(port).expect("a port");
+    let house = Setup { listen: SocketAddr::from(([127, 0, 0, 1], port)), ..Setup::default() }.start().await;
+    println!("http://{}", house.address);
+    match house.served.await {
+        Ok(Ok(())) => Value::Null,
+        ended => panic!("{ended:?}"),
+    }
+}
+
 /// A stream of tokens, read as bytes: the cost of a client that parses is not the front's.
 struct Reader {
     socket: TcpStream,
@@ -89,8 +103,16 @@ struct Reader {
 }
 
 impl Reader {
-    async fn open(address: SocketAddr, model: &str, prompt: &Value, max_tokens: u64, stream: bool) -> std::io::Result<Self> {
-        let body = json!({"model": model, "prompt": prompt, "max_tokens": max_tokens, "stream": stream, "ignore_eos": true}).to_string();
+    async fn open(
+        address: SocketAddr,
+        model: &str,
+        prompt: &Value,
+        max_tokens: u64,
+        stream: bool,
+    ) -> std::io::Result<Self> {
+        let body =
+            json!({"model": model, "prompt": prompt, "max_tokens": max_tokens, "stream": stream, "ignore_eos": true})
+                .to_string();
         let mut socket = TcpStream::connect(address).await?;
         socket.set_nodelay(true)?;
         let head = format!(
@@ -129,7 +151,9 @@ async fn throughput(seconds: u64) -> Value {
     let house = null_house(Pace::Free, Counts::default(), None, 1024).await;
     let total = Arc::new(AtomicU64::new(0));
     for stream in 0..STREAMS {
-        let mut reader = Reader::open(house.address, "basho", &json!([stream]), u64::from(u32::MAX) / 2, true).await.expect("connected");
+        let mut reader = Reader::open(house.address, "basho", &json!([stream]), u64::from(u32::MAX) / 2, true)
+            .await
+            .expect("connected");
         let total = total.clone();
         tokio::spawn(async move {
             while let Ok(Some(events)) = reader.events().await {
@@ -150,11 +174,13 @@ async fn throughput(seconds: u64) -> Value {
 async fn delay(seconds: u64) -> Value {
     const STREAMS: usize = 100;
     let emitted = Emitted::default();
-    let house = null_house(Pace::Every(Duration::from_millis(10)), Counts::default(), Some(emitted.clone()), 1024).await;
+    let house =
+        null_house(Pace::Every(Duration::from_millis(10)), Counts::default(), Some(emitted.clone()), 1024).await;
     let n_tokens = 100 * seconds;
     let mut tasks = Vec::new();
     for stream in 0..STREAMS {
-        let mut reader = Reader::open(house.address, "basho", &json!([stream]), n_tokens, true).await.expect("connected");
+        let mut reader =
+            Reader::open(house.address, "basho", &json!([stream]), n_tokens, true).await.expect("connected");
         tasks.push(tokio::spawn(async move {
             let mut arrived = Vec::new();
             while let Ok(Some(events)) = reader.events().await {
@@ -170,7 +196,9 @@ async fn delay(seconds: u64) -> Value {
         let arrived = task.await.expect("no panic");
         let sent = emitted.of(stream as u32);
         // The first tokens come while the other streams are still being opened.
-        delays.extend(sent.iter().zip(&arrived).skip(20).map(|(sent, arrived)| (*arrived - *sent).as_secs_f64() * 1000.0));
+        delays.extend(
+            sent.iter().zip(&arrived).skip(20).map(|(sent, arrived)| (*arrived - *sent).as_secs_f64() * 1000.0),
+        );
     }
     let rate = delays.len() as f64 / start.elapsed().as_secs_f64();
     json!({ "streams": STREAMS, "tokens_per_second": rate.round(), "added_ms": quantiles(delays) })
@@ -261,7 +289,8 @@ async fn loris(connections: u64) -> Value {
 /// Open-loop arrivals at a house that runs somewhere.
 async fn live(url: &str, model: &str, rate: u64, seconds: u64) -> Value {
     let authority = url.trim_start_matches("http://").trim_end_matches('/');
-    let address: SocketAddr = tokio::net::lookup_host(authority).await.expect("a host:port").next().expect("an address");
+    let address: SocketAddr =
+        tokio::net::lookup_host(authority).await.expect("a host:port").next().expect("an address");
     let mut tasks = Vec::new();
     let start = Instant::now();
     for number in 0..rate * seconds {
@@ -282,8 +311,14 @@ async fn live(url: &str, model: &str, rate: u64, seconds: u64) -> Value {
     }
     let (mut first, mut gaps, mut whole, mut n_failed) = (Vec::new(), Vec::new(), Vec::new(), 0);
     for task in tasks {
-        let Ok((begun, arrived, ended)) = task.await.expect("no panic") else { n_failed += 1; continue };
-        let Some(earliest) = arrived.first() else { n_failed += 1; continue };
+        let Ok((begun, arrived, ended)) = task.await.expect("no panic") else {
+            n_failed += 1;
+            continue;
+        };
+        let Some(earliest) = arrived.first() else {
+            n_failed += 1;
+            continue;
+        };
         first.push((*earliest - begun).as_secs_f64() * 1000.0);
         gaps.extend(arrived.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1000.0));
         whole.push((ended - begun).as_secs_f64() * 1000.0);

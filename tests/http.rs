@@ -3,10 +3,10 @@
 
 mod http_support;
 
+use http_body_util::BodyExt;
 use http_support::client::{chunks_of, get, post, raw};
 use http_support::engines::{Counts, Gate, Pace, Speaker};
 use http_support::{PATIENCE, Setup, TestHouse, card_with_template};
-use http_body_util::BodyExt;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -72,7 +72,10 @@ async fn choices_seeds_and_log_probabilities() {
     body["max_tokens"] = json!(6);
     let answer = post(house.address, "/v1/chat/completions", &body).send().await.json();
     let choices = answer["choices"].as_array().expect("choices");
-    assert_eq!(choices.iter().map(|choice| choice["index"].clone()).collect::<Vec<_>>(), [json!(0), json!(1), json!(2)]);
+    assert_eq!(
+        choices.iter().map(|choice| choice["index"].clone()).collect::<Vec<_>>(),
+        [json!(0), json!(1), json!(2)]
+    );
     let mut n_tokens = 0;
     for choice in choices {
         let content = choice["logprobs"]["content"].as_array().expect("log probabilities");
@@ -119,12 +122,16 @@ async fn completions_in_all_their_forms() {
     assert_eq!((&plain["object"], &plain["model"]), (&json!("text_completion"), &json!("basho")));
     assert!(plain["id"].as_str().is_some_and(|id| id.starts_with("cmpl-")));
     let text = plain["choices"][0]["text"].as_str().expect("text").to_owned();
-    assert_eq!((&plain["usage"]["completion_tokens"], &plain["choices"][0]["finish_reason"]), (&json!(8), &json!("length")));
+    assert_eq!(
+        (&plain["usage"]["completion_tokens"], &plain["choices"][0]["finish_reason"]),
+        (&json!(8), &json!("length"))
+    );
     let echoed = ask(json!({"echo": true})).await.json();
     assert_eq!(echoed["choices"][0]["text"], format!("the moon{text}"));
 
     // The same prompt as tokens, and two prompts at once.
-    let tokens = post(house.address, "/tokenize", &json!({"content": "the moon", "add_special": true})).send().await.json();
+    let tokens =
+        post(house.address, "/tokenize", &json!({"content": "the moon", "add_special": true})).send().await.json();
     let by_tokens = ask(json!({"prompt": tokens["tokens"]})).await.json();
     assert_eq!(by_tokens["choices"][0]["text"], text.as_str());
     let two = ask(json!({"prompt": ["the moon", "a river"], "n": 2})).await.json();
@@ -154,7 +161,10 @@ async fn completions_in_all_their_forms() {
     // A stop string ends the text before it, and is named.
     let word = text.split_whitespace().nth(1).expect("two words");
     let stopped = ask(json!({"stop": [word]})).await.json();
-    assert_eq!((&stopped["choices"][0]["finish_reason"], &stopped["choices"][0]["stop_reason"]), (&json!("stop"), &json!(word)));
+    assert_eq!(
+        (&stopped["choices"][0]["finish_reason"], &stopped["choices"][0]["stop_reason"]),
+        (&json!("stop"), &json!(word))
+    );
     assert!(text.starts_with(stopped["choices"][0]["text"].as_str().expect("text")));
     house.shut_down().await;
 }
@@ -235,7 +245,8 @@ async fn bodies_are_bounded_in_every_way() {
     let path = "/v1/chat/completions";
     let large = raw(house.address, path, format!("{{\"model\": \"{}\"}}", "x".repeat(20_000))).send().await;
     assert_eq!((large.status, large.error("code")), (413, json!("request_too_large")));
-    let deep = raw(house.address, path, format!("{{\"model\": \"basho\", \"messages\": {}", "[".repeat(9_000))).send().await;
+    let deep =
+        raw(house.address, path, format!("{{\"model\": \"basho\", \"messages\": {}", "[".repeat(9_000))).send().await;
     assert_eq!(deep.status, 400);
     for broken in ["", "{", "[]", "nonsense", "{\"model\": \"basho\", \"messages\": []} trailing", "\u{0}"] {
         let answer = raw(house.address, path, broken.to_owned()).send().await;
@@ -244,11 +255,14 @@ async fn bodies_are_bounded_in_every_way() {
     let zipped = raw(house.address, path, "{}").header("content-encoding", "gzip").send().await;
     assert_eq!(zipped.status, 400);
     // Announced and never sent: the front does not wait for ever.
-    let slow = half_sent(&house, "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50\r\n\r\n{").await;
+    let slow =
+        half_sent(&house, "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50\r\n\r\n{").await;
     assert!(slow.starts_with("HTTP/1.1 408"), "{slow}");
     // Chunked, so that no size is announced.
     let chunk = format!("{:x}\r\n{}\r\n", 9_000, "x".repeat(9_000));
-    let chunked = format!("POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n{chunk}{chunk}");
+    let chunked = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n{chunk}{chunk}"
+    );
     let chunked = half_sent(&house, &chunked).await;
     assert!(chunked.starts_with("HTTP/1.1 413"), "{chunked}");
     house.shut_down().await;
@@ -287,7 +301,8 @@ async fn small_endpoints() {
     let ids: Vec<Value> = tokens["tokens"].as_array().expect("list").iter().map(|token| token["id"].clone()).collect();
     let text = post(at, "/detokenize", &json!({"model": "basho", "tokens": ids})).send().await.json();
     assert_eq!(text["content"], "the moon");
-    let prompt = post(at, "/apply-template", &json!({"messages": [{"role": "user", "content": "the moon"}]})).send().await;
+    let prompt =
+        post(at, "/apply-template", &json!({"messages": [{"role": "user", "content": "the moon"}]})).send().await;
     assert!(prompt.json()["prompt"].as_str().is_some_and(|prompt| prompt.contains("the moon")));
     for (path, body, param) in [
         ("/tokenize", json!({}), "content"),
@@ -330,7 +345,8 @@ async fn names_origins_and_ids() {
     setup.settings.cors_origins = vec!["https://moon.example".into()];
     setup.settings.allowed_hosts = vec!["house.example".into()];
     let house = setup.start().await;
-    let allowed = get(house.address, "/health").header("origin", "https://moon.example").header("host", "house.example");
+    let allowed =
+        get(house.address, "/health").header("origin", "https://moon.example").header("host", "house.example");
     let answer = allowed.send().await;
     assert_eq!((answer.status, answer.header("access-control-allow-origin")), (200, Some("https://moon.example")));
     let asked = get(house.address, "/v1/models").method("OPTIONS").header("origin", "https://moon.example");
@@ -411,7 +427,9 @@ async fn a_client_that_goes_away_cancels_its_request() {
         } else {
             // An answer that is not streamed has nothing to show yet: the client hangs up while it waits.
             let waiting = tokio::spawn(call.open());
-            house.wait("running", |status| status.router.as_ref().is_some_and(|r| r.services[0].open_requests == 1)).await;
+            house
+                .wait("running", |status| status.router.as_ref().is_some_and(|r| r.services[0].open_requests == 1))
+                .await;
             waiting.abort();
         }
         house.wait("free", |status| status.router.as_ref().is_some_and(|r| r.services[0].open_requests == 0)).await;
@@ -435,7 +453,9 @@ async fn silence_is_filled_with_comments_and_a_death_with_patience() {
     let mut text = String::new();
     let mut killed = false;
     while let Some(frame) = tokio::time::timeout(PATIENCE, response.frame()).await.expect("in time") {
-        text.push_str(std::str::from_utf8(frame.expect("whole").data_ref().expect("data")).expect("no character is cut"));
+        text.push_str(
+            std::str::from_utf8(frame.expect("whole").data_ref().expect("data")).expect("no character is cut"),
+        );
         if text.contains(": ping\n\n") && !killed {
             killed = true;
             house.kill_worker();
@@ -443,7 +463,8 @@ async fn silence_is_filled_with_comments_and_a_death_with_patience() {
         }
     }
     let chunks = chunks_of(&http_support::client::events_of(&text));
-    let n_texts = chunks.iter().filter(|chunk| chunk["choices"][0]["text"].as_str().is_some_and(|t| !t.is_empty())).count();
+    let n_texts =
+        chunks.iter().filter(|chunk| chunk["choices"][0]["text"].as_str().is_some_and(|t| !t.is_empty())).count();
     assert!(killed && n_texts > 0, "{text}");
     assert_eq!(chunks.last().expect("chunks")["choices"][0]["finish_reason"], "length");
     assert_eq!(house.started.load(Ordering::SeqCst), 2, "a second worker went on");
@@ -551,7 +572,10 @@ async fn responses_whole_and_streamed() {
         .map(|(_, data)| serde_json::from_str(data).expect("JSON"))
         .collect();
     let kinds: Vec<&str> = events.iter().filter_map(|event| event["type"].as_str()).collect();
-    assert_eq!(kinds[..4], ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"]);
+    assert_eq!(
+        kinds[..4],
+        ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"]
+    );
     assert_eq!(kinds.last(), Some(&"response.incomplete"));
     let deltas: String = events.iter().filter_map(|event| event["delta"].as_str()).collect();
     assert_eq!(deltas, text);
@@ -593,7 +617,8 @@ async fn metrics_count_a_known_workload() {
         assert_eq!(post(house.address, "/v1/completions", &body).send().await.status, 200);
     }
     assert_eq!(post(house.address, "/v1/completions", &json!({"model": "basho"})).send().await.status, 400);
-    let tokens = post(house.address, "/tokenize", &json!({"content": "the moon", "add_special": true})).send().await.json();
+    let tokens =
+        post(house.address, "/tokenize", &json!({"content": "the moon", "add_special": true})).send().await.json();
     let n_prompt = 3 * tokens["count"].as_u64().expect("a count");
     // What the engine counts comes with its heartbeats.
     let counted = |status: &playhouse_actors::HouseStatus| {
@@ -672,7 +697,8 @@ async fn the_document_has_every_endpoint_and_the_dashboard_stays_at_home() {
     let mut events = get(house.address, "/api/events").open().await;
     let mut text = String::new();
     while !text.contains("event: status") {
-        let frame = tokio::time::timeout(PATIENCE, events.frame()).await.expect("in time").expect("more").expect("whole");
+        let frame =
+            tokio::time::timeout(PATIENCE, events.frame()).await.expect("in time").expect("more").expect("whole");
         text.push_str(std::str::from_utf8(frame.data_ref().expect("data")).expect("UTF-8"));
     }
     assert!(text.starts_with("event: log\n") && text.contains("worker_ready"), "{text}");
@@ -684,8 +710,8 @@ async fn house_that_says(text: &str, template: &str) -> TestHouse {
     let card = card_with_template("basho", template);
     let options = playhouse::text::EncodeOptions { add_special: false, parse_special: false };
     let script = card.tokenizer.encode(text, options).expect("tokens");
-    let mut setup = Setup::default()
-        .engine(move || Box::new(Speaker::new(script.clone(), true, Pace::Free, Counts::default())));
+    let mut setup =
+        Setup::default().engine(move || Box::new(Speaker::new(script.clone(), true, Pace::Free, Counts::default())));
     setup.cards = vec![card];
     setup.start().await
 }
@@ -701,7 +727,10 @@ async fn calls_of_tools_whole_and_streamed() {
     body["max_tokens"] = json!(200);
     let answer = post(house.address, "/v1/chat/completions", &body).send().await.json();
     let choice = &answer["choices"][0];
-    assert_eq!((&choice["finish_reason"], &choice["message"]["content"]), (&json!("tool_calls"), &json!("Let me see.")));
+    assert_eq!(
+        (&choice["finish_reason"], &choice["message"]["content"]),
+        (&json!("tool_calls"), &json!("Let me see."))
+    );
     let call = &choice["message"]["tool_calls"][0];
     assert_eq!(call["function"], json!({"name": "weather", "arguments": "{\"city\":\"Edo\"}"}));
     assert!(call["type"] == "function" && call["id"].as_str().is_some_and(|id| id.starts_with("call_")));
@@ -709,8 +738,11 @@ async fn calls_of_tools_whole_and_streamed() {
     body["stream"] = json!(true);
     let chunks = chunks_of(&post(house.address, "/v1/chat/completions", &body).events().await);
     assert_eq!(text_of(&chunks), "Let me see.");
-    let calls: Vec<&Value> =
-        chunks.iter().map(|chunk| &chunk["choices"][0]["delta"]["tool_calls"][0]).filter(|call| !call.is_null()).collect();
+    let calls: Vec<&Value> = chunks
+        .iter()
+        .map(|chunk| &chunk["choices"][0]["delta"]["tool_calls"][0])
+        .filter(|call| !call.is_null())
+        .collect();
     assert_eq!((&calls[0]["index"], &calls[0]["function"]["name"]), (&json!(0), &json!("weather")));
     let arguments: String = calls.iter().filter_map(|call| call["function"]["arguments"].as_str()).collect();
     assert_eq!(arguments, "{\"city\":\"Edo\"}");
@@ -720,7 +752,8 @@ async fn calls_of_tools_whole_and_streamed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn harmony_is_split_into_thoughts_and_answer() {
-    let says = "<|channel|>analysis<|message|>A moon, then.<|end|><|start|>assistant<|channel|>final<|message|>the moon";
+    let says =
+        "<|channel|>analysis<|message|>A moon, then.<|end|><|start|>assistant<|channel|>final<|message|>the moon";
     let template = "{# <|channel|> <|message|> #}{% for m in messages %}{{ m.content }}{% endfor %}";
     let house = house_that_says(says, template).await;
     let body = json!({"model": "basho", "messages": [{"role": "user", "content": "a"}]});
@@ -736,5 +769,39 @@ async fn harmony_is_split_into_thoughts_and_answer() {
     let thoughts: String =
         chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["reasoning_content"].as_str()).collect();
     assert_eq!((thoughts.as_str(), text_of(&chunks).as_str()), ("A moon, then.", "the moon"));
+    house.shut_down().await;
+}
+
+/// The guide's lines, run as they stand: every endpoint has one, and each is answered with 200.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_guide_has_a_line_for_every_endpoint_and_they_work() {
+    let guide =
+        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/src/http-api.md")).expect("the guide");
+    let lines: Vec<&str> = guide.lines().filter_map(|line| line.strip_prefix("$ curl ")).collect();
+    let mut setup = Setup::default();
+    setup.settings.admin_keys = ["sk-admin"].into_iter().collect();
+    let house = setup.start().await;
+    let document = get(house.address, "/openapi.json").send().await.json();
+    for path in document["paths"].as_object().expect("paths").keys() {
+        let path = path.replace("{id}", "basho");
+        let is_shown = |line: &&&str| {
+            let rest = line.split("$URL").nth(1).expect("a line has an address");
+            rest.split([' ', '?', '"']).next() == Some(path.as_str())
+        };
+        assert!(lines.iter().any(|line| is_shown(&line)), "{path} has no line in the guide");
+    }
+    for line in lines {
+        // Streams without an end are left after a moment.
+        let command = format!(
+            "curl -sS -o /dev/null -w '%{{http_code}}' --max-time 10 {}",
+            line.replace("-N $URL/api/events", "--max-time 1 $URL/api/events")
+        );
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", &command]).env("URL", format!("http://{}", house.address)).env("ADMIN_KEY", "sk-admin");
+        let run = tokio::task::spawn_blocking(move || shell.output());
+        let output =
+            tokio::time::timeout(PATIENCE, run).await.expect("in time").expect("no panic").expect("curl is installed");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "200", "{line}");
+    }
     house.shut_down().await;
 }

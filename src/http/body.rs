@@ -35,9 +35,7 @@ async fn read(app: &App, body: Body) -> Result<bytes::Bytes, ApiError> {
     let reading = tokio::time::timeout(limits.body_timeout, Limited::new(body, most).collect());
     match reading.await {
         Err(_) => Err(ApiError::body_timeout()),
-        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
-            Err(ApiError::too_large(limits.body_bytes))
-        }
+        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => Err(ApiError::too_large(limits.body_bytes)),
         Ok(Err(_)) => Err(ApiError::bad(None, "the request's body broke off")),
         Ok(Ok(body)) => Ok(body.to_bytes()),
     }

@@ -5,10 +5,10 @@ use crate::client::{Invalid, RequestError};
 use crate::text::TemplateError;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use playhouse_actors::Refusal;
 use playhouse_actors::engine::RequestError as EngineRefusal;
 use playhouse_actors::messages::Failure;
 use playhouse_actors::policy::admission::Full;
-use playhouse_actors::Refusal;
 use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -121,7 +121,11 @@ impl ApiError {
     /// 500: a mistake of ours. The cause is for the log.
     pub(super) fn internal(cause: &dyn std::fmt::Display) -> Self {
         tracing::error!(%cause, "a request failed because of a mistake of ours");
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "internal error; the log has it under this request's id")
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "server_error",
+            "internal error; the log has it under this request's id",
+        )
     }
 
     /// 501.
@@ -200,7 +204,8 @@ impl From<TemplateError> for ApiError {
     fn from(error: TemplateError) -> Self {
         // The words of the template engine name lines of the template, which is the model's and no secret of ours.
         let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
-        let param = if matches!(error, TemplateError::ReservedArgument { .. }) { "chat_template_kwargs" } else { "messages" };
+        let param =
+            if matches!(error, TemplateError::ReservedArgument { .. }) { "chat_template_kwargs" } else { "messages" };
         Self::param(param, format!("{error}{cause}"))
     }
 }

@@ -210,7 +210,6 @@ pub(super) async fn wrong_method(request: axum::http::Request<Body>) -> ApiError
     ApiError::wrong_method(request.method().as_str(), request.uri().path())
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -15,15 +15,20 @@ use std::time::Duration;
 /// `GET /models`.
 pub(super) async fn list(State(app): State<App>) -> axum::Json<Value> {
     let status = app.client.tree().status().await;
-    let data: Vec<Value> = app.control.models().into_iter().map(|model| {
-        let (state, reason) = state(status.as_ref(), &model.name, model.wanted);
-        json!({
-            "id": model.name,
-            "object": "model",
-            "aliases": model.aliases,
-            "status": { "value": state, "reason": reason },
+    let data: Vec<Value> = app
+        .control
+        .models()
+        .into_iter()
+        .map(|model| {
+            let (state, reason) = state(status.as_ref(), &model.name, model.wanted);
+            json!({
+                "id": model.name,
+                "object": "model",
+                "aliases": model.aliases,
+                "status": { "value": state, "reason": reason },
+            })
         })
-    }).collect();
+        .collect();
     axum::Json(json!({ "object": "list", "data": data }))
 }
 

@@ -49,9 +49,7 @@ fn operation(endpoint: &Endpoint) -> Value {
     if let Some(schema) = endpoint.takes {
         operation["requestBody"] = json!({ "required": true, "content": content("application/json", schema) });
     }
-    let parameter = |name: &str, place: &str| {
-        json!([{ "name": name, "in": place, "required": place == "path", "schema": { "type": "string", "minLength": 1 } }])
-    };
+    let parameter = |name: &str, place: &str| json!([{ "name": name, "in": place, "required": place == "path", "schema": { "type": "string", "minLength": 1 } }]);
     if endpoint.path.contains("{id}") {
         operation["parameters"] = parameter("id", "path");
     }
@@ -76,7 +74,8 @@ fn success(endpoint: &Endpoint) -> Value {
             answer["content"][kind] = json!({ "schema": { "type": "string" } });
         }
     }
-    let streams = endpoint.takes.is_some_and(|schema| matches!(schema, "ChatRequest" | "CompletionRequest" | "ResponseRequest"));
+    let streams =
+        endpoint.takes.is_some_and(|schema| matches!(schema, "ChatRequest" | "CompletionRequest" | "ResponseRequest"));
     if streams {
         answer["content"]["text/event-stream"] = json!({ "schema": { "type": "string" } });
     }
@@ -108,8 +107,12 @@ fn failures(endpoint: &Endpoint) -> &'static [(&'static str, &'static str)] {
         (Some(_), _) => WRITE,
         (None, Access::Public) => {
             if endpoint.path == "/health/ready" {
-                const READY: &[(&str, &str)] =
-                    &[("400", "A parameter is wrong"), ("403", "Host or origin not allowed"), ("404", "No such model"), ("503", "Not ready")];
+                const READY: &[(&str, &str)] = &[
+                    ("400", "A parameter is wrong"),
+                    ("403", "Host or origin not allowed"),
+                    ("404", "No such model"),
+                    ("503", "Not ready"),
+                ];
                 READY
             } else {
                 PUBLIC

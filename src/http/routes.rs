@@ -74,10 +74,8 @@ pub(super) fn router(app: &App) -> Router {
         let path = endpoint.path.replace("{id}", "{*id}");
         router = router.route(&path, (endpoint.handler)().layer(key));
     }
-    let router = router
-        .method_not_allowed_fallback(guard::wrong_method)
-        .fallback(guard::no_such_page)
-        .with_state(app.clone());
+    let router =
+        router.method_not_allowed_fallback(guard::wrong_method).fallback(guard::no_such_page).with_state(app.clone());
     server::layered(app, with_cors(app, router))
 }
 

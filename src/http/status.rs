@@ -171,7 +171,6 @@ impl hyper::body::Body for Pieces {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;

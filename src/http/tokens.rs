@@ -25,7 +25,10 @@ pub(super) struct TokenizeBody {
 }
 
 /// `POST /tokenize`.
-pub(super) async fn tokenize(State(app): State<App>, Json(body): Json<TokenizeBody>) -> Result<axum::Json<Value>, ApiError> {
+pub(super) async fn tokenize(
+    State(app): State<App>,
+    Json(body): Json<TokenizeBody>,
+) -> Result<axum::Json<Value>, ApiError> {
     let handle = app.client.model(&model_name(&app, body.model)?)?;
     let text = match (body.content, body.messages) {
         (Some(text), None) => text,

@@ -35,8 +35,10 @@ impl Gate {
     /// Waits for a permit, or gives up after a moment so that the worker can look at its commands.
     fn take(&self) -> bool {
         let permits = self.permits.lock().expect("not poisoned");
-        let (mut permits, _) =
-            self.given.wait_timeout_while(permits, Duration::from_millis(5), |permits| *permits == 0).expect("not poisoned");
+        let (mut permits, _) = self
+            .given
+            .wait_timeout_while(permits, Duration::from_millis(5), |permits| *permits == 0)
+            .expect("not poisoned");
         let is_given = *permits > 0;
         *permits -= u64::from(is_given);
         is_given
@@ -79,7 +81,16 @@ pub(crate) struct Speaker {
 impl Speaker {
     pub(crate) fn new(script: Vec<u32>, ends: bool, pace: Pace, counts: Counts) -> Self {
         assert!(!script.is_empty());
-        Self { script, ends, pace, counts, running: vec![], ended: vec![], stats: EngineStats::default(), emitted: None }
+        Self {
+            script,
+            ends,
+            pace,
+            counts,
+            running: vec![],
+            ended: vec![],
+            stats: EngineStats::default(),
+            emitted: None,
+        }
     }
 
     /// Notes when each token leaves.
@@ -151,7 +162,8 @@ impl Engine for Speaker {
         self.running.retain_mut(|request| {
             let index = request.emitted.len();
             let token = script[index % script.len()];
-            let top = |n: &u32| TokenLogprobs { chosen: -0.5, top: vec![Logprob { token, logprob: -0.5 }; *n as usize] };
+            let top =
+                |n: &u32| TokenLogprobs { chosen: -0.5, top: vec![Logprob { token, logprob: -0.5 }; *n as usize] };
             let logprobs = request.logprobs.as_ref().map(top);
             events.push(EngineEvent::Token { id: request.id, index: index as u32, token, logprobs });
             if let Some(emitted) = &mut emitted {

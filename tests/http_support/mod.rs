@@ -6,8 +6,8 @@
 pub(crate) mod client;
 pub(crate) mod engines;
 
-use playhouse::backend::cpu::CpuBackend;
 use playhouse::backend::KvDtype;
+use playhouse::backend::cpu::CpuBackend;
 use playhouse::client::{Catalog, Client, ModelCard, open_source};
 use playhouse::engine::{EngineOptions, LlmEngine, Runner, RunnerLimits};
 use playhouse::http::control::{BoxFuture, ConfiguredModel, Control, ControlError, EventLog};
@@ -46,8 +46,8 @@ pub(crate) fn real(spec: &WorkerSpec) -> Result<Loaded, String> {
     let file = open_source(&spec.source).map_err(|error| error.to_string())?;
     let n_ctx = spec.context.unwrap_or(256) as usize;
     let limits = RunnerLimits::new(n_ctx, spec.max_sequences as usize, KvDtype::F32);
-    let runner = Runner::load(&file, CpuBackend::with_threads(1), limits, &mut |_| {})
-        .map_err(|error| error.to_string())?;
+    let runner =
+        Runner::load(&file, CpuBackend::with_threads(1), limits, &mut |_| {}).map_err(|error| error.to_string())?;
     let n_vocab = u32::try_from(runner.spec().n_vocab).expect("small");
     let tokenizer = move || playhouse::text::Tokenizer::from_gguf(&file).map_err(|error| error.to_string());
     let constrainer = Box::new(playhouse::grammar::LazyGrammars::new(Box::new(tokenizer)));
@@ -127,13 +127,8 @@ fn run(
         Err(why) => return WorkerEnd::BadModel(why),
     };
     let mut engine = loaded.engine;
-    let ready = WorkerReady {
-        pid: None,
-        n_ctx: loaded.n_ctx,
-        n_vocab: loaded.n_vocab,
-        kv_min_bytes: 1,
-        stats: engine.stats(),
-    };
+    let ready =
+        WorkerReady { pid: None, n_ctx: loaded.n_ctx, n_vocab: loaded.n_vocab, kv_min_bytes: 1, stats: engine.stats() };
     let _ = events.blocking_send(WorkerEvent::Ready(ready));
     let (mut busy, mut out) = (false, Vec::<EngineEvent>::new());
     let mut beat = std::time::Instant::now();
@@ -141,7 +136,8 @@ fn run(
         if killed.load(Ordering::Relaxed) {
             return WorkerEnd::Signalled(9);
         }
-        let command = if busy { commands.try_recv().ok() } else { commands.recv_timeout(Duration::from_millis(20)).ok() };
+        let command =
+            if busy { commands.try_recv().ok() } else { commands.recv_timeout(Duration::from_millis(20)).ok() };
         match command {
             Some(WorkerCommand::Submit(request)) => {
                 let id = request.id;
@@ -262,7 +258,8 @@ pub(crate) struct Setup {
 
 impl Default for Setup {
     fn default() -> Self {
-        let model = Model { context: Some(256), max_sequences: 8, aliases: vec!["poet".into()], ..Model::embedded_default() };
+        let model =
+            Model { context: Some(256), max_sequences: 8, aliases: vec!["poet".into()], ..Model::embedded_default() };
         let config = Config { models: vec![model], ..Config::default() };
         let settings = HttpSettings::from(&config.host);
         let listen = SocketAddr::from(([127, 0, 0, 1], 0));
@@ -326,11 +323,8 @@ impl Setup {
         let log = EventLog::record(tree.listen());
         let catalog = Arc::new(arc_swap::ArcSwap::from_pointee(Catalog::new(cards)));
         let client = Client::new(tree.clone(), catalog);
-        let configured = |model: &Model| ConfiguredModel {
-            name: model.name.clone(),
-            aliases: model.aliases.clone(),
-            wanted: true,
-        };
+        let configured =
+            |model: &Model| ConfiguredModel { name: model.name.clone(), aliases: model.aliases.clone(), wanted: true };
         let models = self.config.models.iter().map(configured).collect();
         let control = Arc::new(TestControl { tree, models, log, calls: Mutex::default() });
         let listener = TcpListener::bind(self.listen).await.expect("a free port");

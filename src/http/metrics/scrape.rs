@@ -127,10 +127,8 @@ impl Snapshot {
     }
 
     fn house(&mut self, app: &App, status: &HouseStatus) {
-        let build = BuildLabels {
-            version: app.build.version.clone(),
-            commit: app.build.commit.clone().unwrap_or_default(),
-        };
+        let build =
+            BuildLabels { version: app.build.version.clone(), commit: app.build.commit.clone().unwrap_or_default() };
         self.gauges("playhouse_build_info", "What this program is; always 1", [(build, 1.0)]);
         self.replicas(status);
         if let Some(router) = &status.router {
@@ -156,7 +154,11 @@ impl Snapshot {
         let help = "Measured speed of all replicas of a model";
         let speeds: Vec<_> = each(|s| s.tokens_per_second.unwrap_or(0.0)).collect();
         self.gauges("playhouse_tokens_per_second", help, speeds);
-        self.gauges("playhouse_replicas_ready", "Replicas that take requests", each(|s| f64::from(s.ready)).collect::<Vec<_>>());
+        self.gauges(
+            "playhouse_replicas_ready",
+            "Replicas that take requests",
+            each(|s| f64::from(s.ready)).collect::<Vec<_>>(),
+        );
         let counts = &router.requests;
         let ends = [
             ("accepted", counts.accepted),
@@ -211,10 +213,15 @@ impl Snapshot {
             ("prefill_tokens", None, "Prompt tokens computed", |s| s.prefill_tokens),
             ("decode_tokens", None, "Tokens emitted by an engine", |s| s.decode_tokens),
             ("preemptions", Some("num_preemptions"), "Sequences sent back to the queue", |s| s.preemptions),
-            ("prefix_cache_queries", Some("prefix_cache_queries"), "Prompt tokens looked up in the prefix cache", |s| {
-                s.prefix_queries
+            (
+                "prefix_cache_queries",
+                Some("prefix_cache_queries"),
+                "Prompt tokens looked up in the prefix cache",
+                |s| s.prefix_queries,
+            ),
+            ("prefix_cache_hits", Some("prefix_cache_hits"), "Prompt tokens found in the prefix cache", |s| {
+                s.prefix_hits
             }),
-            ("prefix_cache_hits", Some("prefix_cache_hits"), "Prompt tokens found in the prefix cache", |s| s.prefix_hits),
         ];
         for (name, vllm, help, value) in counters {
             let each = with_stats().map(|(r, s)| (labels(r), value(&s)));

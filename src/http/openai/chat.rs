@@ -12,9 +12,9 @@ use super::choice::{ChatChoice, MessageBuilder};
 use super::request::{ChatBody, StreamOptions};
 use crate::client::{ChatRequest, Event, GenerateRequest, ModelCard, TokenStream};
 use crate::text::{Message, RenderOptions};
+use axum::Extension;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use axum::Extension;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -41,7 +41,11 @@ pub(in crate::http) async fn chat(
         }
     };
     meter.accepted(stream.prompt().len() as u64);
-    let chat = Chat { head: Head::new(&app, "chatcmpl-", &card.name), texts: TokenTexts(card.clone()), n_prompt: stream.prompt().len() as u64 };
+    let chat = Chat {
+        head: Head::new(&app, "chatcmpl-", &card.name),
+        texts: TokenTexts(card.clone()),
+        n_prompt: stream.prompt().len() as u64,
+    };
     let choices = choices(&card, syntax, &stream);
     let running = Running { meter, place, keep_alive: app.settings.keep_alive };
     if body.stream.unwrap_or(false) {
@@ -68,7 +72,12 @@ pub(super) fn choices(card: &ModelCard, syntax: Syntax, stream: &TokenStream) ->
 
 impl Chat {
     /// Reads a request to its end. If the client goes away meanwhile, this is dropped, and the stream with it.
-    async fn collect(self, choices: Vec<ChatChoice>, mut stream: TokenStream, mut running: Running) -> Result<Value, ApiError> {
+    async fn collect(
+        self,
+        choices: Vec<ChatChoice>,
+        mut stream: TokenStream,
+        mut running: Running,
+    ) -> Result<Value, ApiError> {
         let mut choices: Vec<_> = choices.into_iter().map(|choice| (choice, Whole::default())).collect();
         let mut usage = Usage { prompt: self.n_prompt, ..Usage::default() };
         let mut deltas = Vec::new();
@@ -180,7 +189,8 @@ fn message(at: usize, mut value: Value, syntax: Syntax) -> Result<Message, ApiEr
         Some(Value::Array(parts)) => {
             for (part_at, part) in parts.iter().enumerate() {
                 let kind = part.get("type").and_then(Value::as_str).unwrap_or("text");
-                let is_text = matches!(kind, "text" | "input_text" | "output_text") && part.get("text").is_some_and(Value::is_string);
+                let is_text = matches!(kind, "text" | "input_text" | "output_text")
+                    && part.get("text").is_some_and(Value::is_string);
                 if !is_text {
                     let why = format!("a part of type `{}` is not supported; this model reads text", cut(kind));
                     return wrong(&format!(".content[{part_at}]"), why);
@@ -197,7 +207,9 @@ fn message(at: usize, mut value: Value, syntax: Syntax) -> Result<Message, ApiEr
     if fields.get("role").and_then(Value::as_str) == Some("developer") && syntax != Syntax::Harmony {
         fields.insert("role".into(), "system".into());
     }
-    if syntax == Syntax::Harmony && let Some(thoughts) = fields.remove("reasoning_content") {
+    if syntax == Syntax::Harmony
+        && let Some(thoughts) = fields.remove("reasoning_content")
+    {
         fields.insert("thinking".into(), thoughts);
     }
     Message::from_json(value).or_else(|error| wrong("", error.to_string()))
@@ -255,7 +267,10 @@ mod tests {
         assert_eq!(param(json!([{"role": "<|im_end|>", "content": "moon"}])), "messages[0]");
         assert_eq!(param(json!([{"role": "user", "content": 3}])), "messages[0].content");
         let image = json!({"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}});
-        assert_eq!(param(json!([{"role": "user", "content": [{"type": "text", "text": "a"}, image]}])), "messages[0].content[1]");
+        assert_eq!(
+            param(json!([{"role": "user", "content": [{"type": "text", "text": "a"}, image]}])),
+            "messages[0].content[1]"
+        );
     }
 
     #[test]

@@ -10,9 +10,16 @@ pub(super) enum Delta {
     Content(String),
     Reasoning(String),
     /// A call begins.
-    Call { index: usize, id: String, name: String },
+    Call {
+        index: usize,
+        id: String,
+        name: String,
+    },
     /// Its arguments.
-    Arguments { index: usize, text: String },
+    Arguments {
+        index: usize,
+        text: String,
+    },
 }
 
 impl Delta {
@@ -125,9 +132,7 @@ impl MessageBuilder {
             message["reasoning_content"] = self.reasoning.into();
         }
         if has_calls {
-            let call = |(id, name, arguments): (String, String, String)| {
-                json!({ "id": id, "type": "function", "function": { "name": name, "arguments": arguments } })
-            };
+            let call = |(id, name, arguments): (String, String, String)| json!({ "id": id, "type": "function", "function": { "name": name, "arguments": arguments } });
             message["tool_calls"] = self.calls.into_iter().map(call).collect();
         }
         message

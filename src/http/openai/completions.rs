@@ -77,7 +77,11 @@ fn prompts(field: PromptField) -> Result<Vec<Prompt>, ApiError> {
 }
 
 /// One stream for each prompt; if one is refused, the others are dropped here and so cancelled.
-async fn start(handle: &ModelHandle, generate: &GenerateRequest, prompts: &[Prompt]) -> Result<Vec<TokenStream>, ApiError> {
+async fn start(
+    handle: &ModelHandle,
+    generate: &GenerateRequest,
+    prompts: &[Prompt],
+) -> Result<Vec<TokenStream>, ApiError> {
     let mut streams = Vec::new();
     // The same seed for every prompt, also if it is drawn.
     let mut seed = generate.seed;

@@ -39,7 +39,10 @@ pub(in crate::http) async fn embeddings(
 ) -> Result<axum::Json<Value>, ApiError> {
     let handle = app.client.model(&body.model)?;
     if body.dimensions.is_some() {
-        return Err(ApiError::not_supported("dimensions", "`dimensions` is not supported: the vector is the model's own"));
+        return Err(ApiError::not_supported(
+            "dimensions",
+            "`dimensions` is not supported: the vector is the model's own",
+        ));
     }
     let prompts: Vec<Prompt> = match body.input {
         PromptField::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),

@@ -3,8 +3,8 @@
 use super::super::error::ApiError;
 use crate::client::GenerateRequest;
 use playhouse_actors::engine::Constraint;
-use serde::de::{self, Deserializer, Visitor};
 use serde::Deserialize;
+use serde::de::{self, Deserializer, Visitor};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -145,7 +145,8 @@ impl ResponseFormat {
             "json_schema" => {
                 let schema = self.json_schema.and_then(|outer| outer.schema).or(self.schema);
                 let schema = schema.filter(|schema| schema.is_object() || schema.is_boolean());
-                let missing = || ApiError::param("response_format.json_schema", "a schema is needed: `json_schema.schema`");
+                let missing =
+                    || ApiError::param("response_format.json_schema", "a schema is needed: `json_schema.schema`");
                 Ok(Some(json_schema(&schema.ok_or_else(missing)?)))
             }
             kind => {
@@ -240,7 +241,8 @@ fn set<T>(place: &mut T, value: Option<T>) {
 fn read_top_k(top_k: i64) -> Result<u32, ApiError> {
     match top_k {
         -1 => Ok(0),
-        _ => u32::try_from(top_k).map_err(|_| ApiError::param("top_k", format!("`top_k` is {top_k}, expected -1 or more"))),
+        _ => u32::try_from(top_k)
+            .map_err(|_| ApiError::param("top_k", format!("`top_k` is {top_k}, expected -1 or more"))),
     }
 }
 

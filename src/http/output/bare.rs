@@ -91,7 +91,8 @@ impl Bare {
     fn may_begin(&self) -> bool {
         let between = |c: char| c.is_whitespace() || (c == ';' && self.n_calls > 0);
         let rest = self.held.trim_start_matches(between);
-        self.scan.at == 0 && (MARK.starts_with(rest) || rest.strip_prefix(MARK).is_some_and(|r| r.trim_start().is_empty()))
+        self.scan.at == 0
+            && (MARK.starts_with(rest) || rest.strip_prefix(MARK).is_some_and(|r| r.trim_start().is_empty()))
     }
 
     pub(super) fn finish(&mut self, pieces: &mut Vec<Piece>) {

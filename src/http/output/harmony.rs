@@ -130,7 +130,8 @@ fn read_header(header: &str, pieces: &mut Vec<Piece>) -> Kind {
     let header = header.replace(CONSTRAIN, " ");
     let (before, after) = header.split_once(CHANNEL).unwrap_or((header.as_str(), ""));
     let mut words = before.split_whitespace().chain(after.split_whitespace());
-    let recipient = words.find_map(|word| word.strip_prefix("to=")).filter(|to| !matches!(*to, "" | "user" | "assistant"));
+    let recipient =
+        words.find_map(|word| word.strip_prefix("to=")).filter(|to| !matches!(*to, "" | "user" | "assistant"));
     if let Some(recipient) = recipient {
         pieces.push(Piece::Call(recipient.strip_prefix("functions.").unwrap_or(recipient).to_owned()));
         return Kind::Call;
@@ -153,7 +154,8 @@ mod tests {
 
     #[test]
     fn thoughts_and_answer() {
-        let text = "<|channel|>analysis<|message|>a moon<|end|><|start|>assistant<|channel|>final<|message|>moon<|return|>";
+        let text =
+            "<|channel|>analysis<|message|>a moon<|end|><|start|>assistant<|channel|>final<|message|>moon<|return|>";
         assert_eq!(harmony(text), [Piece::Reasoning("a moon".into()), Piece::Content("moon".into())]);
     }
 

@@ -106,7 +106,8 @@ mod tests {
     fn calls_are_found_and_text_stays() {
         let two = "Let me see.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>\n\
                    <tool_call>{\"name\": \"g\", \"arguments\": {}}</tool_call>\n";
-        let expected = [vec![Piece::Content("Let me see.".into())], call("f", r#"{"a":1}"#).into(), call("g", "{}").into()];
+        let expected =
+            [vec![Piece::Content("Let me see.".into())], call("f", r#"{"a":1}"#).into(), call("g", "{}").into()];
         assert_eq!(tagged(two), expected.concat());
         assert_eq!(tagged("no call \n"), [Piece::Content("no call \n".into())]);
         assert_eq!(tagged("<tool_call>{\"name\": \"f\"}"), call("f", "{}"));

@@ -51,7 +51,8 @@ const H2_WINDOWS: (u32, u32) = (256 << 10, 1 << 20);
 /// Requests that an HTTP/2 client may open and reset before they were looked at (CVE-2023-44487).
 const H2_RESETS_MAX: usize = 20;
 /// For clients that come when every place is taken by a request in flight.
-const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+const FULL: &[u8] =
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
 /// After a failed `accept` (no descriptors left, usually) the next one is tried this much later.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
