@@ -6,7 +6,7 @@ use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 use playhouse::backend::cpu::{CpuBackend, CpuTensor, CpuWeight, measure_multiply_adds, measure_read_bandwidth};
 use playhouse::backend::{
-    AttentionOp, BLOCK_TOKENS, Backend, Batch, HeadDims, KvDtype, KvLayout, Linear, SeqSpan, WeightSource,
+    AttentionOp, BLOCK_TOKENS, Backend, Batch, HeadDims, KvDtype, KvLayout, Linear, SeqSpan, WeightSource, WeightUse,
 };
 use playhouse::dtype::{DType, RandomBlocks};
 use playhouse::gguf::TensorBytes;
@@ -27,7 +27,8 @@ fn weight(cpu: &mut CpuBackend, dtype: DType, n_rows: usize, n_cols: usize) -> C
     let mut bytes = vec![0; dtype.row_bytes(n_rows * n_cols).expect("whole blocks")];
     RandomBlocks::new(dtype, 0.02, 1).expect("0.02 fits every format").fill(0, 0, &mut bytes).expect("whole blocks");
     let bytes = TensorBytes::from_vec(bytes);
-    cpu.weight(WeightSource { name: "bench", dtype, n_mats: 1, n_rows, n_cols, bytes }).expect("sizes fit")
+    cpu.weight(WeightSource { name: "bench", dtype, n_mats: 1, n_rows, n_cols, bytes, uses: WeightUse::ANY })
+        .expect("sizes fit")
 }
 
 fn tensor(cpu: &mut CpuBackend, rows: usize, cols: usize) -> CpuTensor {

@@ -78,7 +78,6 @@ async fn null_house(pace: Pace, counts: Counts, emitted: Option<Emitted>, queued
         })
     });
     setup.config.host.limits.queued_requests = queued;
-    setup.config.host.limits.queued_tokens = 1 << 40;
     setup.config.host.limits.stream_events = 256;
     setup.settings.limits.connections = 2048;
     setup.start().await

@@ -115,18 +115,22 @@ fn compile(nvcc: &Path, source: &Path, out_dir: &Path, archs: &str) -> Result<()
     fs::write(&stamp, inputs).map_err(|e| format!("{}: {e}", stamp.display()))
 }
 
-/// The text of a kernel file, of every header beside it, and of the targets.
+/// The text of a kernel file, of the headers beside it that it includes, and of the targets.
 fn fingerprint(source: &Path, archs: &str) -> String {
     let dir = source.parent().expect("a file has a folder");
-    let mut headers: Vec<PathBuf> = fs::read_dir(dir)
-        .expect("readable folder")
-        .map(|e| e.expect("readable entry").path())
-        .filter(|p| p.extension() == Some(OsStr::new("cuh")))
-        .collect();
-    headers.sort();
-    headers.push(source.to_owned());
-    let texts = headers.iter().map(|p| fs::read_to_string(p).unwrap_or_else(|e| panic!("{}: {e}", p.display())));
-    archs.to_owned() + "\n" + &texts.collect::<Vec<_>>().join("\n")
+    let mut files = vec![source.to_owned()];
+    let mut texts = vec![archs.to_owned()];
+    let mut next = 0;
+    while let Some(path) = files.get(next) {
+        let text = fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let included =
+            text.lines().filter_map(|l| l.strip_prefix("#include \"")?.strip_suffix('"')).map(|name| dir.join(name));
+        let new: Vec<PathBuf> = included.filter(|path| !files.contains(path)).collect();
+        files.extend(new);
+        texts.push(text);
+        next += 1;
+    }
+    texts.join("\n")
 }
 
 fn write_index(out_dir: &Path, sources: &[PathBuf], toolchain: &str) {

@@ -89,7 +89,9 @@ async fn readers_that_stop_are_cut_and_their_requests_end() {
     let body = json!({"model": "basho", "prompt": "a", "max_tokens": 1_000_000_000, "stream": true}).to_string();
     let mut stalled = Vec::new();
     for _ in 0..50 {
-        let mut socket = TcpStream::connect(house.address).await.expect("the front listens");
+        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+        socket.set_recv_buffer_size(4096).expect("a small window");
+        let mut socket = socket.connect(house.address).await.expect("the front listens");
         let head =
             format!("POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n", body.len());
         socket.write_all(format!("{head}{body}").as_bytes()).await.expect("sent");

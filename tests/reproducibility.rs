@@ -6,9 +6,9 @@
 mod engine_support;
 
 use engine_support::{FakeModel, Told, drain, request};
-use playhouse::backend::KvDtype;
-use playhouse::backend::cpu::CpuBackend;
-use playhouse::engine::{EngineOptions, LlmEngine, Runner, RunnerLimits, StepCapacity, StepModel};
+use playhouse::engine::{
+    DeviceName, DeviceOptions, EngineOptions, LlmEngine, RunnerLimits, StepCapacity, StepModel, load_model,
+};
 use playhouse::gguf::GgufFile;
 use playhouse::models::describe;
 use playhouse_actors::engine::{Engine, EngineRequest, RequestId, SamplingParams, Task};
@@ -36,7 +36,11 @@ fn subjects() -> Vec<Subject> {
     let mut files: Vec<PathBuf> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.retain(|file| file.extension().is_some_and(|extension| extension == "gguf"));
     files.sort();
-    let subjects: Vec<Subject> = std::iter::once(fake).chain(files.iter().map(|file| checkpoint(file))).collect();
+    let mut subjects: Vec<Subject> = std::iter::once(fake).chain(files.iter().map(|file| checkpoint(file))).collect();
+    match DeviceName::find("gpu") {
+        Ok(device) => subjects.extend(files.iter().map(|file| on_device(file, device.clone()))),
+        Err(reason) => println!("nothing runs on a GPU: {reason}"),
+    }
     for architecture in ["qwen2", "phi3", "gpt-oss", "llama"] {
         assert!(subjects.iter().any(|subject| subject.name.starts_with(architecture)), "no {architecture} checkpoint");
     }
@@ -45,20 +49,26 @@ fn subjects() -> Vec<Subject> {
 
 /// A tiny checkpoint with random weights, on the CPU.
 fn checkpoint(path: &Path) -> Subject {
+    on_device(path, DeviceName::Cpu)
+}
+
+fn on_device(path: &Path, device: DeviceName) -> Subject {
     let file = GgufFile::open(path).unwrap();
     let n_vocab = u32::try_from(describe(&file).unwrap().n_vocab).unwrap();
+    let on = if device == DeviceName::Cpu { "" } else { " on a GPU" };
+    let name = format!("{}{on}", path.file_stem().unwrap().to_str().unwrap());
     let load = move |capacity: StepCapacity| {
         let limits = RunnerLimits {
             n_ctx: 256,
             max_batch_tokens: capacity.max_batch_tokens,
             max_logit_rows: capacity.max_logit_rows,
             n_kv_blocks: capacity.n_kv_blocks,
-            kv_dtype: KvDtype::F32,
+            kv_dtype: device.default_kv(),
         };
-        let backend = CpuBackend::with_threads(1);
-        Box::new(Runner::load(&file, backend, limits, &mut |_| {}).unwrap()) as Box<dyn StepModel>
+        let options = DeviceOptions { n_threads: Some(1), ..DeviceOptions::default() };
+        load_model(&file, &device, options, limits, &mut |_| {}).unwrap() as Box<dyn StepModel>
     };
-    Subject { name: path.file_stem().unwrap().to_str().unwrap().into(), n_vocab, load: Box::new(load) }
+    Subject { name, n_vocab, load: Box::new(load) }
 }
 
 impl Subject {
@@ -188,6 +198,29 @@ fn thirty_two_strangers_change_nothing() {
             assert_eq!(told.len(), 37);
             for (request, expected) in &baseline {
                 assert_eq!(&told[&request.id].bits(), expected, "{} {:?}", subject.name, request.id);
+            }
+        }
+    }
+}
+
+#[test]
+fn two_hundred_and_fifty_strangers_on_a_gpu_change_nothing() {
+    let subjects = subjects();
+    for subject in subjects.iter().filter(|subject| subject.name.ends_with("on a GPU")) {
+        let baseline = subject.baseline();
+        for (n_strangers, prefill_chunk) in [(1, 512), (7, 64), (60, 100), (130, 33), (250, 512)] {
+            let capacity = StepCapacity { n_kv_blocks: 2048, max_batch_tokens: 512, max_logit_rows: 256 };
+            let options = EngineOptions { prefill_chunk, ..EngineOptions::default() };
+            let mut engine = LlmEngine::new((subject.load)(capacity), options);
+            let mut requests = strangers(subject, n_strangers);
+            for (i, (request, _)) in baseline.iter().enumerate() {
+                requests.insert((i * 47).min(requests.len()), request.clone());
+            }
+            requests.into_iter().for_each(|request| engine.submit(request).unwrap());
+            let told = drain(&mut engine);
+            for (request, expected) in &baseline {
+                let place = format!("{} {:?} among {n_strangers}", subject.name, request.id);
+                assert_eq!(&told[&request.id].bits(), expected, "{place}");
             }
         }
     }

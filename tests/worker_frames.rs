@@ -7,8 +7,8 @@ use playhouse::worker::frame::{self, FDS_MAX, FRAME_MAX, Fill, FrameError, Frame
 use playhouse::worker::handshake::{HandshakeError, Hello, Version, append_greeting, read_greeting};
 use playhouse::worker::sizing::{self, SizingError};
 use playhouse_actors::engine::{
-    Engine, EngineError, EngineEvent, EngineRequest, EngineStats, FinishReason, LoadPhase, LoadProgress, Logprob,
-    RequestError, RequestId, SamplingParams, TokenLogprobs, Usage,
+    Constraint, Engine, EngineError, EngineEvent, EngineRequest, EngineStats, FinishReason, LoadPhase, LoadProgress,
+    Logprob, RequestError, RequestId, SamplingParams, Task, TokenLogprobs, Usage,
 };
 use playhouse_actors::messages::{Heartbeat, WorkerCommand, WorkerEvent, WorkerReady};
 use playhouse_config::Model;
@@ -51,14 +51,28 @@ fn sampling() -> impl Strategy<Value = SamplingParams> {
     )
 }
 
+fn constraint() -> impl Strategy<Value = Constraint> {
+    prop_oneof![
+        Just(Constraint::JsonObject),
+        any::<String>().prop_map(Constraint::JsonSchema),
+        any::<String>().prop_map(Constraint::Regex),
+        any::<String>().prop_map(Constraint::Lark),
+    ]
+}
+
 fn command() -> impl Strategy<Value = WorkerCommand> {
     let tokens = || vec(any::<u32>(), 0..200);
     let submit = (id(), (tokens(), tokens(), vec(any::<u32>(), 0..4)), sampling(), any::<[u32; 2]>());
-    let submit = (submit, option::of(any::<u32>()), any::<i32>());
+    let submit = (submit, option::of(any::<u32>()), any::<i32>(), prop_oneof![Just(Task::Generate), Just(Task::Embed)]);
+    let submit = (submit, option::of(constraint()));
     let submit = submit.prop_map(
-        |((id, (prompt, emitted, stop_ids), sampling, [max_tokens, min_tokens]), logprobs, priority)| {
+        |(
+            ((id, (prompt, emitted, stop_ids), sampling, [max_tokens, min_tokens]), logprobs, priority, task),
+            constraint,
+        )| {
             WorkerCommand::Submit(EngineRequest {
                 id,
+                task,
                 prompt,
                 emitted,
                 sampling,
@@ -66,6 +80,7 @@ fn command() -> impl Strategy<Value = WorkerCommand> {
                 min_tokens,
                 stop_ids,
                 logprobs,
+                constraint,
                 priority,
                 deadline: None,
             })
@@ -115,11 +130,13 @@ fn engine_event() -> impl Strategy<Value = EngineEvent> {
         Just(FinishReason::Cancelled),
         Just(FinishReason::Deadline)
     ];
-    let usage = any::<[u32; 3]>().prop_map(|[prompt_tokens, cached_tokens, completion_tokens]| Usage {
-        prompt_tokens,
-        cached_tokens,
-        completion_tokens,
-    });
+    let usage = || {
+        any::<[u32; 3]>().prop_map(|[prompt_tokens, cached_tokens, completion_tokens]| Usage {
+            prompt_tokens,
+            cached_tokens,
+            completion_tokens,
+        })
+    };
     prop_oneof![
         (id(), any::<[u32; 2]>(), option::of(logprobs)).prop_map(|(id, [index, token], logprobs)| EngineEvent::Token {
             id,
@@ -127,7 +144,12 @@ fn engine_event() -> impl Strategy<Value = EngineEvent> {
             token,
             logprobs
         }),
-        (id(), reason, usage).prop_map(|(id, reason, usage)| EngineEvent::Finished { id, reason, usage }),
+        (id(), vec(-1e6f32..1e6, 0..200), usage()).prop_map(|(id, values, usage)| EngineEvent::Embedded {
+            id,
+            values,
+            usage
+        }),
+        (id(), reason, usage()).prop_map(|(id, reason, usage)| EngineEvent::Finished { id, reason, usage }),
         (id(), request_error()).prop_map(|(id, error)| EngineEvent::Failed { id, error }),
     ]
 }

@@ -126,7 +126,13 @@ impl HouseHandle {
     pub async fn start(args: HouseArgs) -> Result<(Self, JoinHandle<()>), SpawnErr> {
         let (router, events) = (RouterHandle::default(), EventBus::new());
         let start = HouseStart { args, router: router.clone(), events: events.clone() };
-        let (actor, join) = ractor::Actor::spawn(None, House, start).await?;
+        let (actor, root) = ractor::Actor::spawn(None, House, start).await?;
+        let closing = router.clone();
+        let join = tokio::spawn(async move {
+            // A root that fails is not asked to clean up: the streams of its clients would never end.
+            let _ = root.await;
+            closing.close();
+        });
         Ok((Self { actor, router, events }, join))
     }
 

@@ -5,11 +5,12 @@
 // online (Milakov and Gimelshein 2018); splits are merged in ascending order by `merge`. A tile or split that a row may not see
 // changes none of its bits, so it does not matter which other rows share a block, nor whether splits ran in one block
 // or in many.
+//
+// The cache holds f16 or 8-bit keys and values; what depends on that is in HalfKv and ByteKv.
 #pragma once
-#include "common.cuh"
+#include "kv.cuh"
 #include <math_constants.h>
 
-constexpr int KV_BLOCK_TOKENS = 32;
 constexpr int KV_TILE = 64;
 constexpr int SPLIT_TILES = 2;
 constexpr int SPLIT = KV_TILE * SPLIT_TILES;
@@ -25,16 +26,17 @@ struct AttentionItem {
 // Mirrored by `AttentionArgs` in launch/attention.rs.
 struct AttentionArgs {
     const half *q;              // [n, NH * HS]
-    const half *k_cache, *v_cache; // [block][kv head][32][HS]
+    const uint8_t *k_cache, *v_cache; // kv.cuh
     half *out;                  // [n, out_stride]
     const float *sinks;         // [NH] or null
     const AttentionItem *items; // [n_items]
     const unsigned *tables;     // block tables
     const unsigned *positions;  // [n]
-    float *partial;             // [n_items][kv head][split][16 rows][HS + 2] when split over blocks
+    float *partial;             // [n_items][kv head][split][partial_rows][HS + 2] when split over blocks
     float scale, softcap;       // softcap 0: off
     int n_heads, n_kv_heads, window; // window 0: off
     int max_splits, out_stride;
+    int partial_rows;           // most rows of an item, at most 16
 };
 
 // State of a row's softmax: maximum, sum, and weighted sum of values (kept by the caller).
@@ -61,22 +63,174 @@ DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
                  : "r"(address));
 }
 
-// Rows of a tile in shared memory are 16 bytes longer than they need be: ldmatrix then meets every bank once.
-template <int HS> __host__ __device__ constexpr int tile_row_bytes() { return HS * 2 + 16; }
-template <int HS> __host__ __device__ constexpr int kv_tile_bytes() { return KV_TILE * tile_row_bytes<HS>(); }
-
-// One tile of K or V of one kv head: positions 64 tile .. 64 tile + 63; beyond `n_positions` zeros.
-template <int HS, int THREADS>
-DEVICE void copy_kv_tile(uint32_t target, const half *cache, const unsigned *table, int tile, int n_positions, int kv_head, int n_kv_heads) {
-    constexpr int PIECES = HS / 8;
-    for (int i = threadIdx.x; i < KV_TILE * PIECES; i += THREADS) {
-        const int row = i / PIECES, part = i % PIECES, position = tile * KV_TILE + row;
-        const bool valid = position < n_positions;
-        const size_t block = valid ? table[position / KV_BLOCK_TOKENS] : 0;
-        const size_t at = ((block * n_kv_heads + kv_head) * KV_BLOCK_TOKENS + position % KV_BLOCK_TOKENS) * HS + part * 8;
-        copy_async_16(target + row * tile_row_bytes<HS>() + part * 16, cache + at, valid);
-    }
+// Address of the rows of the kv head in the block that holds a position; any for positions that are not valid.
+template <class KV, int HS>
+DEVICE const uint8_t *head_of(const uint8_t *cache, const unsigned *table, int position, bool valid, int kv_head, int n_kv_heads) {
+    const size_t block = valid ? table[position / KV_BLOCK_TOKENS] : 0;
+    return cache + (block * n_kv_heads + kv_head) * KV::head_bytes(HS);
 }
+
+// f16. A stage in shared memory is a tile of keys and one of values, rows of a position 16 bytes longer than they need be:
+// ldmatrix then meets every bank once. Lane 4g + t holds of a query's step of 16 elements those at 2t, 2t + 1, 2t + 8, 2t + 9.
+struct HalfKv {
+    static __host__ __device__ constexpr int head_bytes(int hs) { return half_head_bytes(hs); }
+    template <int HS> static constexpr int ROW = HS * 2 + 16;
+    template <int HS> static constexpr int STAGE = 2 * KV_TILE * ROW<HS>;
+    static DEVICE int q_at(int t, int upper) { return 2 * t + 8 * upper; }
+    static DEVICE int o_at(int j, int odd, int t) { return 8 * j + 2 * t + odd; }
+
+    // Positions 64 tile .. 64 tile + 63 of one kv head; beyond `n_positions` zeros.
+    template <int HS, int THREADS>
+    static DEVICE void copy(uint32_t stage, const AttentionArgs &args, const unsigned *table, int tile, int n_positions, int kv_head) {
+        copy_part<HS, THREADS>(stage, args.k_cache, table, tile, n_positions, kv_head, args.n_kv_heads);
+        copy_part<HS, THREADS>(stage + KV_TILE * ROW<HS>, args.v_cache, table, tile, n_positions, kv_head, args.n_kv_heads);
+    }
+    template <int HS, int THREADS>
+    static DEVICE void copy_part(uint32_t target, const uint8_t *cache, const unsigned *table, int tile, int n_positions, int kv_head, int n_kv_heads) {
+        constexpr int PIECES = HS / 8;
+        for (int i = threadIdx.x; i < KV_TILE * PIECES; i += THREADS) {
+            const int row = i / PIECES, part = i % PIECES, position = tile * KV_TILE + row;
+            const bool valid = position < n_positions;
+            const uint8_t *head = head_of<HalfKv, HS>(cache, table, position, valid, kv_head, n_kv_heads);
+            copy_async_16(target + row * ROW<HS> + part * 16, head + position % KV_BLOCK_TOKENS * (2 * HS) + part * 16, valid);
+        }
+    }
+
+    // s += q k for the tile's 64 positions.
+    template <int HS> static DEVICE void scores(float (&s)[KV_TILE / 8][4], const uint32_t (&q)[HS / 16][4], uint32_t stage, int lane) {
+        const int row8 = lane % 8, part = (lane / 8) % 2, upper = lane / 16;
+#pragma unroll
+        for (int step = 0; step < HS / 16; step++) {
+#pragma unroll
+            for (int j = 0; j < KV_TILE / 8; j += 2) {
+                uint32_t b[4];
+                ldmatrix_x4(b, stage + (8 * (j + upper) + row8) * ROW<HS> + (2 * step + part) * 16);
+                mma_16x8x16(s[j], q[step], b[0], b[1]);
+                mma_16x8x16(s[j + 1], q[step], b[2], b[3]);
+            }
+        }
+    }
+
+    // o += p v.
+    template <int HS> static DEVICE void add_values(float (&o)[HS / 8][4], const uint32_t (&p)[KV_TILE / 16][4], uint32_t stage, int lane) {
+        const int row8 = lane % 8, part = (lane / 8) % 2, upper = lane / 16;
+        const uint32_t v_tile = stage + KV_TILE * ROW<HS>;
+#pragma unroll
+        for (int step = 0; step < KV_TILE / 16; step++) {
+#pragma unroll
+            for (int j = 0; j < HS / 8; j += 2) {
+                uint32_t b[4];
+                ldmatrix_x4_trans(b, v_tile + (16 * step + row8 + 8 * part) * ROW<HS> + (j + upper) * 16);
+                mma_16x8x16(o[j], p[step], b[0], b[1]);
+                mma_16x8x16(o[j + 1], p[step], b[2], b[3]);
+            }
+        }
+    }
+};
+
+// 8 bits with a scale per 32 elements (kv.cuh). A stage is a tile of key bytes, one of value bytes, and the scales of both,
+// [2 blocks][groups][32 tokens] f16. ldmatrix moves pairs of bytes, so that a lane gets four elements of one key, or two of
+// two values; queries and outputs are held in the order that makes these the operands of the tensor cores. Keys are multiplied
+// as integers and scaled in f32, values are scaled in f16.
+struct ByteKv {
+    static __host__ __device__ constexpr int head_bytes(int hs) { return byte_head_bytes(hs); }
+    template <int HS> static constexpr int ROW = HS + 16;
+    template <int HS> static constexpr int GROUPS = (HS + 31) / 32;
+    template <int HS> static constexpr int SCALES = 2 * KV_TILE * GROUPS<HS>; // bytes, of keys or of values
+    template <int HS> static constexpr int STAGE = 2 * (KV_TILE * ROW<HS> + SCALES<HS>);
+    static DEVICE int q_at(int t, int upper) { return 4 * t + 2 * upper; }
+    static DEVICE int o_at(int j, int odd, int t) { return 16 * (j / 2) + 4 * t + 2 * odd + j % 2; }
+
+    template <int HS, int THREADS>
+    static DEVICE void copy(uint32_t stage, const AttentionArgs &args, const unsigned *table, int tile, int n_positions, int kv_head) {
+        constexpr uint32_t BYTES = KV_TILE * ROW<HS>;
+        copy_part<HS, THREADS>(stage, stage + 2 * BYTES, args.k_cache, table, tile, n_positions, kv_head, args.n_kv_heads);
+        copy_part<HS, THREADS>(stage + BYTES, stage + 2 * BYTES + SCALES<HS>, args.v_cache, table, tile, n_positions, kv_head, args.n_kv_heads);
+    }
+    template <int HS, int THREADS>
+    static DEVICE void copy_part(uint32_t target, uint32_t scales, const uint8_t *cache, const unsigned *table, int tile, int n_positions,
+                                 int kv_head, int n_kv_heads) {
+        constexpr int PIECES = HS / 16;
+        for (int i = threadIdx.x; i < KV_TILE * PIECES; i += THREADS) {
+            const int row = i / PIECES, part = i % PIECES, position = tile * KV_TILE + row;
+            const bool valid = position < n_positions;
+            const uint8_t *head = head_of<ByteKv, HS>(cache, table, position, valid, kv_head, n_kv_heads);
+            copy_async_16(target + row * ROW<HS> + part * 16, head + position % KV_BLOCK_TOKENS * byte_row(HS) + part * 16, valid);
+        }
+        // Eight tokens' scales at a time; those of tokens that are not there must be zeros, for 0 times NaN is NaN.
+        for (int i = threadIdx.x; i < SCALES<HS> / 16; i += THREADS) {
+            const int in_block = i % (4 * GROUPS<HS>), first = tile * KV_TILE + i / (4 * GROUPS<HS>) * KV_BLOCK_TOKENS + in_block % 4 * 8;
+            const int bytes = min(max(2 * (n_positions - first), 0), 16);
+            const uint8_t *head = head_of<ByteKv, HS>(cache, table, first, bytes > 0, kv_head, n_kv_heads);
+            copy_async_16(scales + i * 16, head + KV_BLOCK_TOKENS * byte_row(HS) + in_block * 16, bytes);
+        }
+    }
+
+    // Two bytes of `word`, 128 taken off, as f16.
+    template <unsigned SELECT> static DEVICE half2 unpack(uint32_t word) {
+        const uint32_t biased = __byte_perm(word, 0x64646464u, SELECT);
+        return __hsub2(*reinterpret_cast<const half2 *>(&biased), __float2half2_rn(1152.0f));
+    }
+    static DEVICE uint32_t word(half2 v) { return *reinterpret_cast<uint32_t *>(&v); }
+    // Scales of two neighbouring positions.
+    template <int HS> static DEVICE half2 scale_pair(uint32_t scales, int position, int group) {
+        const uint32_t at = scales + ((position / KV_BLOCK_TOKENS * GROUPS<HS> + group) * KV_BLOCK_TOKENS + position % KV_BLOCK_TOKENS) * 2;
+        uint32_t v;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+        return *reinterpret_cast<half2 *>(&v);
+    }
+
+    template <int HS> static DEVICE void scores(float (&s)[KV_TILE / 8][4], const uint32_t (&q)[HS / 16][4], uint32_t stage, int lane) {
+        constexpr int STEPS = HS < 32 ? 1 : 2, WIDE = 4 / STEPS; // steps of 16 elements in a group; eights of positions at a time
+        const uint32_t scales = stage + 2 * KV_TILE * ROW<HS>;
+        const int eighth = lane / 8;
+#pragma unroll
+        for (int group = 0; group < GROUPS<HS>; group++) {
+            if constexpr (HS > 64) __syncwarp(); // keeps the next group's loads from being moved up, for which there are no registers
+#pragma unroll
+            for (int j = 0; j < KV_TILE / 8; j += WIDE) {
+                float part[WIDE][4] = {};
+                uint32_t b[4];
+                ldmatrix_x4(b, stage + (8 * (j + eighth % WIDE) + lane % 8) * ROW<HS> + (group * STEPS + eighth / WIDE) * 16);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const uint32_t low = word(unpack<0x4140>(b[i])), high = word(unpack<0x4342>(b[i]));
+                    mma_16x8x16(part[i % WIDE], q[group * STEPS + i / WIDE], low, high);
+                }
+#pragma unroll
+                for (int i = 0; i < WIDE; i++) {
+                    const float2 scale = __half22float2(scale_pair<HS>(scales, 8 * (j + i) + 2 * (lane % 4), group));
+#pragma unroll
+                    for (int e = 0; e < 4; e++) s[j + i][e] = __fmaf_rn(part[i][e], e % 2 == 0 ? scale.x : scale.y, s[j + i][e]);
+                }
+            }
+        }
+    }
+
+    template <int HS> static DEVICE void add_values(float (&o)[HS / 8][4], const uint32_t (&p)[KV_TILE / 16][4], uint32_t stage, int lane) {
+        const uint32_t v_tile = stage + KV_TILE * ROW<HS>, scales = stage + 2 * KV_TILE * ROW<HS> + SCALES<HS>;
+#pragma unroll
+        for (int block = 0; block < 2; block++) {
+#pragma unroll
+            for (int j = 0; j < HS / 16; j++) {
+                if (HS > 64 && j % 2 == 0) __syncwarp();
+                uint32_t b[4], even[4], odd[4];
+                ldmatrix_x4_trans(b, v_tile + (32 * block + lane) * ROW<HS> + j * 16);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const half2 scale = scale_pair<HS>(scales, 32 * block + 8 * i + 2 * (lane % 4), j / 2);
+                    even[i] = word(__hmul2(unpack<0x4240>(b[i]), scale));
+                    odd[i] = word(__hmul2(unpack<0x4341>(b[i]), scale));
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    mma_16x8x16(o[2 * j], p[2 * block + i], even[2 * i], even[2 * i + 1]);
+                    mma_16x8x16(o[2 * j + 1], p[2 * block + i], odd[2 * i], odd[2 * i + 1]);
+                }
+            }
+        }
+    }
+};
 
 // What a warp knows of its 16 rows: lane 4g + t has rows g and g + 8.
 template <int HS> struct Rows {
@@ -94,7 +248,7 @@ template <int HS> DEVICE void clear(Rows<HS> &rows) {
         for (int e = 0; e < 4; e++) rows.o[j][e] = 0.0f;
 }
 
-template <int HS>
+template <class KV, int HS>
 DEVICE void load_rows(Rows<HS> &rows, const AttentionArgs &args, const AttentionItem &item, int first_row, int kv_head, int lane) {
     const int group = args.n_heads / args.n_kv_heads;
 #pragma unroll
@@ -103,30 +257,20 @@ DEVICE void load_rows(Rows<HS> &rows, const AttentionArgs &args, const Attention
         const bool exists = row < item.n_rows;
         const int token = item.first_token + (exists ? row / group : 0);
         rows.position[r] = exists ? static_cast<int>(args.positions[token]) : -1;
-        const half *q = args.q + (static_cast<size_t>(token) * args.n_heads + kv_head * group + row % group) * HS + 2 * (lane % 4);
+        const half *q = args.q + (static_cast<size_t>(token) * args.n_heads + kv_head * group + row % group) * HS;
 #pragma unroll
         for (int s = 0; s < HS / 16; s++) {
-            rows.q[s][r] = exists ? *reinterpret_cast<const uint32_t *>(q + 16 * s) : 0u;
-            rows.q[s][r + 2] = exists ? *reinterpret_cast<const uint32_t *>(q + 16 * s + 8) : 0u;
+            rows.q[s][r] = exists ? *reinterpret_cast<const uint32_t *>(q + 16 * s + KV::q_at(lane % 4, 0)) : 0u;
+            rows.q[s][r + 2] = exists ? *reinterpret_cast<const uint32_t *>(q + 16 * s + KV::q_at(lane % 4, 1)) : 0u;
         }
     }
 }
 
 // Takes one tile into the rows' online softmax.
-template <int HS>
-DEVICE void attend(Rows<HS> &rows, const AttentionArgs &args, uint32_t k_tile, uint32_t v_tile, int tile, int lane) {
+template <class KV, int HS> DEVICE void attend(Rows<HS> &rows, const AttentionArgs &args, uint32_t stage, int tile, int lane) {
     float s[KV_TILE / 8][4] = {};
-    const int t = lane % 4, row8 = lane % 8, part = (lane / 8) % 2, upper = lane / 16;
-#pragma unroll
-    for (int step = 0; step < HS / 16; step++) {
-#pragma unroll
-        for (int j = 0; j < KV_TILE / 8; j += 2) {
-            uint32_t b[4];
-            ldmatrix_x4(b, k_tile + (8 * (j + upper) + row8) * tile_row_bytes<HS>() + (2 * step + part) * 16);
-            mma_16x8x16(s[j], rows.q[step], b[0], b[1]);
-            mma_16x8x16(s[j + 1], rows.q[step], b[2], b[3]);
-        }
-    }
+    const int t = lane % 4;
+    KV::template scores<HS>(s, rows.q, stage, lane);
     float top[2] = {-CUDART_INF_F, -CUDART_INF_F};
 #pragma unroll
     for (int j = 0; j < KV_TILE / 8; j++) {
@@ -173,16 +317,7 @@ DEVICE void attend(Rows<HS> &rows, const AttentionArgs &args, uint32_t k_tile, u
     for (int j = 0; j < HS / 8; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) rows.o[j][e] *= shrink[e / 2];
-#pragma unroll
-    for (int step = 0; step < KV_TILE / 16; step++) {
-#pragma unroll
-        for (int j = 0; j < HS / 8; j += 2) {
-            uint32_t b[4];
-            ldmatrix_x4_trans(b, v_tile + (16 * step + row8 + 8 * part) * tile_row_bytes<HS>() + (j + upper) * 16);
-            mma_16x8x16(rows.o[j], p[step], b[0], b[1]);
-            mma_16x8x16(rows.o[j + 1], p[step], b[2], b[3]);
-        }
-    }
+    KV::template add_values<HS>(rows.o, p, stage, lane);
 }
 
 // First tile and one past the last that rows at positions low..high see.

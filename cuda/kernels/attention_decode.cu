@@ -1,11 +1,11 @@
 // Attention for spans of few tokens: a warp has up to 16 rows of one kv head and one split of 128 positions; attention_merge
 // adds the splits in order.   q, out, caches: attention.cuh
-// Grid (n_items, NKV, max_splits), block 32, shared 4 tiles: the whole split is in flight at once.   Bound by: reading the cache once.
+// Grid (n_items, NKV, max_splits), block 32, shared 2 stages: the whole split is in flight at once.   Bound by: reading the cache once.
 // A split that its rows do not see returns at once, so that one grid (and one captured graph) serves every length.
 // Reference: f64 softmax, rel err <= 2^-9; bit for bit attention_prefill.cu.
 #include "attention.cuh"
 
-template <int HS> DEVICE void attention_decode(const AttentionArgs &args) {
+template <class KV, int HS> DEVICE void attention_decode(const AttentionArgs &args) {
     extern __shared__ __align__(128) uint8_t shared[];
     const uint32_t tiles = shared_address(shared);
     wait_for_predecessor();
@@ -24,37 +24,35 @@ template <int HS> DEVICE void attention_decode(const AttentionArgs &args) {
     const unsigned *table = args.tables + item.table;
     for (int i = 0; i < SPLIT_TILES; i++) {
         if (first + i < end) {
-            const uint32_t stage = tiles + i * 2 * kv_tile_bytes<HS>();
-            copy_kv_tile<HS, 32>(stage, args.k_cache, table, first + i, high + 1, kv_head, args.n_kv_heads);
-            copy_kv_tile<HS, 32>(stage + kv_tile_bytes<HS>(), args.v_cache, table, first + i, high + 1, kv_head, args.n_kv_heads);
+            KV::template copy<HS, 32>(tiles + i * KV::template STAGE<HS>, args, table, first + i, high + 1, kv_head);
         }
         copy_async_commit();
     }
     Rows<HS> rows;
-    load_rows<HS>(rows, args, item, item.first_row, kv_head, lane);
+    load_rows<KV, HS>(rows, args, item, item.first_row, kv_head, lane);
     clear(rows);
     for (int tile = first; tile < end; tile++) {
         if (tile == first) copy_async_wait<1>(); else copy_async_wait<0>();
         __syncwarp();
-        const uint32_t stage = tiles + (tile - first) * 2 * kv_tile_bytes<HS>();
-        attend<HS>(rows, args, stage, stage + kv_tile_bytes<HS>(), tile, lane);
+        attend<KV, HS>(rows, args, tiles + (tile - first) * KV::template STAGE<HS>, tile, lane);
     }
     dependents_may_start();
     float *out = args.partial +
-                 ((static_cast<size_t>(blockIdx.x) * args.n_kv_heads + kv_head) * args.max_splits + split) * 16 * (HS + 2);
+                 ((static_cast<size_t>(blockIdx.x) * args.n_kv_heads + kv_head) * args.max_splits + split) * args.partial_rows * (HS + 2);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
+        if (lane / 4 + 8 * r >= args.partial_rows) break;
         float *row = out + (lane / 4 + 8 * r) * (HS + 2);
         if (lane % 4 == 0) row[HS] = rows.m[r], row[HS + 1] = rows.l[r];
 #pragma unroll
         for (int j = 0; j < HS / 8; j++) {
-            row[8 * j + 2 * (lane % 4)] = rows.o[j][2 * r];
-            row[8 * j + 2 * (lane % 4) + 1] = rows.o[j][2 * r + 1];
+            row[KV::o_at(j, 0, lane % 4)] = rows.o[j][2 * r];
+            row[KV::o_at(j, 1, lane % 4)] = rows.o[j][2 * r + 1];
         }
     }
 }
 
-// Merges the splits of one row. Grid (n_items, NKV, 16), block 32.
+// Merges the splits of one row. Grid (n_items, NKV, partial_rows), block 32.
 template <int HS> DEVICE void attention_merge(const AttentionArgs &args) {
     wait_for_predecessor();
     const AttentionItem item = args.items[blockIdx.x];
@@ -66,12 +64,12 @@ template <int HS> DEVICE void attention_merge(const AttentionArgs &args) {
     const int high = args.positions[item.first_token + last_row / group];
     int first, end;
     tile_range(low, high, args.window, first, end);
-    const float *in = args.partial + (static_cast<size_t>(blockIdx.x) * args.n_kv_heads + kv_head) * args.max_splits * 16 * (HS + 2) +
+    const float *in = args.partial + (static_cast<size_t>(blockIdx.x) * args.n_kv_heads + kv_head) * args.max_splits * args.partial_rows * (HS + 2) +
                       blockIdx.z * (HS + 2);
     constexpr int PER_LANE = (HS + WARP - 1) / WARP;
     float m = -CUDART_INF_F, l = 0.0f, o[PER_LANE] = {};
     for (int split = first / SPLIT_TILES; split <= (end - 1) / SPLIT_TILES; split++) {
-        const float *part = in + static_cast<size_t>(split) * 16 * (HS + 2);
+        const float *part = in + static_cast<size_t>(split) * args.partial_rows * (HS + 2);
         const float m2 = part[HS], l2 = part[HS + 1];
         if (m2 == -CUDART_INF_F) continue;
         float keep, take;
@@ -95,7 +93,10 @@ template <int HS> DEVICE void attention_merge(const AttentionArgs &args) {
 
 #define ATTENTION_DECODE(HS)                                                                                           \
     extern "C" __global__ void __launch_bounds__(32) attention_decode_##HS(const AttentionArgs args) {                 \
-        attention_decode<HS>(args);                                                                                    \
+        attention_decode<HalfKv, HS>(args);                                                                            \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(32) attention_decode_q8_##HS(const AttentionArgs args) {              \
+        attention_decode<ByteKv, HS>(args);                                                                            \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(32) attention_merge_##HS(const AttentionArgs args) {                  \
         attention_merge<HS>(args);                                                                                     \

@@ -1,11 +1,11 @@
 // Attention for spans of many tokens: a block of 4 warps has 64 rows of one kv head and walks all their tiles.
-// q, out, caches: attention.cuh   Grid (n_items, NKV), block 128, shared 4 tiles (K and V, two stages).
+// q, out, caches: attention.cuh   Grid (n_items, NKV), block 128, shared: two stages, and the merged sums [2 HS / 8][128] float2.
 // Bound by: the tensor cores.   Reference: f64 softmax, rel err <= 2^-9.
 #include "attention.cuh"
 
 constexpr int WARPS = 4; // of 16 rows each
 
-template <int HS> DEVICE void attention_prefill(const AttentionArgs &args) {
+template <class KV, int HS> DEVICE void attention_prefill(const AttentionArgs &args) {
     extern __shared__ __align__(128) uint8_t shared[];
     const uint32_t tiles = shared_address(shared);
     wait_for_predecessor();
@@ -18,17 +18,17 @@ template <int HS> DEVICE void attention_prefill(const AttentionArgs &args) {
     const int high = args.positions[item.first_token + last_row / group];
 
     Rows<HS> rows;
-    load_rows<HS>(rows, args, item, item.first_row + 16 * warp, kv_head, lane);
+    load_rows<KV, HS>(rows, args, item, item.first_row + 16 * warp, kv_head, lane);
     clear(rows);
-    float m[2] = {-CUDART_INF_F, -CUDART_INF_F}, l[2] = {}, total[HS / 8][4] = {};
+    float m[2] = {-CUDART_INF_F, -CUDART_INF_F}, l[2] = {};
+    // Touched once a split: not worth the registers, of which the rows take most. total[r * HS / 8 + j] has row r's part of o[j].
+    float2 *total = reinterpret_cast<float2 *>(shared + 2 * KV::template STAGE<HS>) + threadIdx.x;
+    for (int i = 0; i < 2 * HS / 8; i++) total[i * 32 * WARPS] = make_float2(0.0f, 0.0f);
 
     int first, end;
     tile_range(low, high, args.window, first, end);
-    auto copy = [&](int tile) {
-        const uint32_t stage = tiles + (tile & 1) * 2 * kv_tile_bytes<HS>();
-        copy_kv_tile<HS, 32 * WARPS>(stage, args.k_cache, table, tile, high + 1, kv_head, args.n_kv_heads);
-        copy_kv_tile<HS, 32 * WARPS>(stage + kv_tile_bytes<HS>(), args.v_cache, table, tile, high + 1, kv_head, args.n_kv_heads);
-    };
+    auto stage_of = [&](int tile) { return tiles + (tile & 1) * KV::template STAGE<HS>; };
+    auto copy = [&](int tile) { KV::template copy<HS, 32 * WARPS>(stage_of(tile), args, table, tile, high + 1, kv_head); };
     copy(first);
     copy_async_commit();
     for (int tile = first; tile < end; tile++) {
@@ -36,8 +36,7 @@ template <int HS> DEVICE void attention_prefill(const AttentionArgs &args) {
         copy_async_commit();
         copy_async_wait<1>();
         __syncthreads();
-        const uint32_t stage = tiles + (tile & 1) * 2 * kv_tile_bytes<HS>();
-        attend<HS>(rows, args, stage, stage + kv_tile_bytes<HS>(), tile, lane);
+        attend<KV, HS>(rows, args, stage_of(tile), tile, lane);
         if (tile % SPLIT_TILES == SPLIT_TILES - 1 || tile + 1 == end) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
@@ -45,9 +44,10 @@ template <int HS> DEVICE void attention_prefill(const AttentionArgs &args) {
                 float keep, take;
                 merge(m[r], l[r], rows.m[r], rows.l[r], keep, take);
 #pragma unroll
-                for (int j = 0; j < HS / 8; j++)
-#pragma unroll
-                    for (int e = 2 * r; e < 2 * r + 2; e++) total[j][e] = merged(total[j][e], rows.o[j][e], keep, take);
+                for (int j = 0; j < HS / 8; j++) {
+                    float2 &sum = total[(r * HS / 8 + j) * 32 * WARPS];
+                    sum = make_float2(merged(sum.x, rows.o[j][2 * r], keep, take), merged(sum.y, rows.o[j][2 * r + 1], keep, take));
+                }
             }
             clear(rows);
         }
@@ -60,18 +60,22 @@ template <int HS> DEVICE void attention_prefill(const AttentionArgs &args) {
         if (row >= item.n_rows) continue;
         const int head = kv_head * group + row % group;
         const float factor = finish_factor(m[r], l[r], args.sinks, head);
-        half *out = args.out + static_cast<size_t>(item.first_token + row / group) * args.out_stride + head * HS + 2 * (lane % 4);
+        half *out = args.out + static_cast<size_t>(item.first_token + row / group) * args.out_stride + head * HS;
 #pragma unroll
         for (int j = 0; j < HS / 8; j++) {
-            out[8 * j] = to_half(total[j][2 * r] * factor);
-            out[8 * j + 1] = to_half(total[j][2 * r + 1] * factor);
+            const float2 sum = total[(r * HS / 8 + j) * 32 * WARPS];
+            out[KV::o_at(j, 0, lane % 4)] = to_half(sum.x * factor);
+            out[KV::o_at(j, 1, lane % 4)] = to_half(sum.y * factor);
         }
     }
 }
 
 #define ATTENTION_PREFILL(HS)                                                                                          \
     extern "C" __global__ void __launch_bounds__(128) attention_prefill_##HS(const AttentionArgs args) {               \
-        attention_prefill<HS>(args);                                                                                   \
+        attention_prefill<HalfKv, HS>(args);                                                                           \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(128) attention_prefill_q8_##HS(const AttentionArgs args) {            \
+        attention_prefill<ByteKv, HS>(args);                                                                           \
     }
 ATTENTION_PREFILL(16)
 ATTENTION_PREFILL(32)

@@ -8,7 +8,8 @@ enum Format : int {
     FMT_Q2_K, FMT_Q3_K, FMT_Q4_K, FMT_Q5_K, FMT_Q6_K, FMT_IQ4_NL, FMT_IQ4_XS, FMT_MXFP4
 };
 
-// 16 consecutive weights. For Q8 kinds q is signed + 128, for Q6 signed + 32, else as stored; MXFP4's s is 2^(e - 127).
+// 16 consecutive weights. For Q8 kinds q is signed + 128, for Q6 signed + 32, else as stored; MXFP4's s is
+// 2^(e - 128), half of what e stands for, so that twice a value times it is never beyond f32 before the value is.
 struct Sixteen {
     uint8_t q[16];
     float s, m;
@@ -18,6 +19,9 @@ DEVICE float load_half(const uint8_t *p) { return __half2float(__ushort_as_half(
 DEVICE float load_float(const uint8_t *p) {
     return __uint_as_float(p[0] | (p[1] << 8) | (p[2] << 16) | (static_cast<uint32_t>(p[3]) << 24));
 }
+
+// 2^(e - 128): exact for every e; the two smallest are subnormal.
+DEVICE float half_scale(unsigned e) { return __uint_as_float(e < 2 ? 0x00200000u << e : (e - 1) << 23); }
 
 __device__ const int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
@@ -48,7 +52,7 @@ template <int FORMAT> DEVICE void take_sixteen(Sixteen &out, const uint8_t *row,
     } else if constexpr (FORMAT == FMT_Q4_0 || FORMAT == FMT_Q4_1 || FORMAT == FMT_IQ4_NL || FORMAT == FMT_MXFP4) {
         constexpr int HEAD = FORMAT == FMT_Q4_1 ? 4 : FORMAT == FMT_MXFP4 ? 1 : 2;
         const uint8_t *b = row + static_cast<size_t>(i / 2) * (HEAD + 16);
-        out.s = FORMAT == FMT_MXFP4 ? exp2f(static_cast<float>(b[0]) - 127.0f) : load_half(b);
+        out.s = FORMAT == FMT_MXFP4 ? half_scale(b[0]) : load_half(b);
         if (FORMAT == FMT_Q4_0) out.m = -8.0f * out.s;
         if (FORMAT == FMT_Q4_1) out.m = load_half(b + 2);
         for (int k = 0; k < 16; k++) {

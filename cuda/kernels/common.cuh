@@ -84,11 +84,11 @@ DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
                  : "r"(address));
 }
 
-// 16 bytes from global to shared memory, zeros where `valid` is false.
-DEVICE void copy_async_16(uint32_t target, const void *source, bool valid) {
-    const int bytes = valid ? 16 : 0;
+// 16 bytes from global to shared memory, the first `bytes` of them as they are and zeros for the rest.
+DEVICE void copy_async_16(uint32_t target, const void *source, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
 }
+DEVICE void copy_async_16(uint32_t target, const void *source, bool valid) { copy_async_16(target, source, valid ? 16 : 0); }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEVICE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");

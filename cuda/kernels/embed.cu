@@ -14,18 +14,22 @@ template <int FORMAT> DEVICE void embed(float *x, const uint8_t *table, const un
     if constexpr (FORMAT <= FMT_BF16) {
         for (int k = first; k < min(first + 16, n_cols); k++) out[k] = scale * take_plain<FORMAT>(row, k);
     } else {
+        constexpr bool HAS_MIN = FORMAT == FMT_Q4_1 || FORMAT == FMT_Q5_1 || FORMAT == FMT_Q2_K || FORMAT == FMT_Q4_K || FORMAT == FMT_Q5_K;
         Sixteen part;
         take_sixteen<FORMAT>(part, row, sixteen);
         for (int k = 0; k < 16; k++) {
-            float q = part.q[k];
-            if (FORMAT == FMT_Q8_0 || FORMAT == FMT_IQ4_NL || FORMAT == FMT_IQ4_XS) q -= 128.0f;
-            if (FORMAT == FMT_Q6_K || FORMAT == FMT_Q3_K) q -= 32.0f;
+            int q = part.q[k];
+            if (FORMAT == FMT_Q8_0 || FORMAT == FMT_IQ4_NL || FORMAT == FMT_IQ4_XS) q -= 128;
+            if (FORMAT == FMT_Q6_K || FORMAT == FMT_Q3_K) q -= 32;
+            if (FORMAT == FMT_Q4_0) q -= 8;
+            if (FORMAT == FMT_Q5_0) q -= 16;
             if (FORMAT == FMT_MXFP4) {
-                const int magnitude = part.q[k] & 7;
-                const float value = magnitude < 2 ? 0.5f * magnitude : (1.0f + 0.5f * (magnitude & 1)) * exp2f((magnitude >> 1) - 1.0f);
-                q = part.q[k] & 8 ? -value : value;
+                const int magnitude = q & 7, twice = magnitude < 2 ? magnitude : (2 + (magnitude & 1)) << ((magnitude >> 1) - 1);
+                q = q & 8 ? -twice : twice;
             }
-            out[first + k] = scale * (q * part.s + part.m);
+            // Formats without a minimum keep the sign of a zero.
+            const float value = static_cast<float>(q) * part.s;
+            out[first + k] = scale * (HAS_MIN ? value + part.m : value);
         }
     }
 }

@@ -13,12 +13,16 @@ struct MatmulArgs {
     const float *bias;      // [n_mats, n_rows] or null; of the gate if gated
     const float *bias_up;   // gated only: [n_mats, n_rows] or null
     const int *mat_of;      // per job (small) or column tile (large): the matrix; null if there is one. < 0: nothing to do
-    const int *gather;      // large only: row of x per column, < 0 for none; null if column n is row n
+    const int *gather;      // large only: row of x per column, < 0 for none; null if column c is row c
     float *partial;         // large only: [n_chunks, n, rows] sums of chunks when the chunks are split over blocks
     float out_scale;        // a power of two
+    const float *x_full;    // small only: f32 [n, n_cols] to normalise instead of x, or null
+    const float *norm_weight; // [n_cols]
+    float norm_eps;
+    int n_cols;
     float alpha, limit;     // gated: clamped SwiGLU if limit > 0
     int n_rows;             // rows of y; of gate and up each if gated
-    int n_stripes;          // stripes of one matrix; gate and up interleaved if gated
+    int n_stripes;          // stripes of one matrix
     int n_tiles;            // tiles of k
     int x_stride, y_stride; // elements
     int n;                  // columns in all
@@ -36,19 +40,25 @@ DEVICE float gate(float g, float u, float alpha, float limit) {
     return g * sigmoid(g) * u;
 }
 
-// Writes one cell: sum[0] of row `row` (sum[0], sum[1]: gate and up) to row `out` of y.
-template <int STRIPES> DEVICE void finish(const MatmulArgs &args, const float (&sum)[STRIPES], int mat, int row, size_t out) {
+// Writes one cell: the sum of row `row` to row `out` of y.
+DEVICE void finish(const MatmulArgs &args, float sum, int mat, int row, size_t out) {
     if (row >= args.n_rows) return;
-    const size_t cell = out * args.y_stride + row, bias_at = static_cast<size_t>(mat) * args.n_rows + row;
-    const float v = args.out_scale * sum[0] + (args.bias == nullptr ? 0.0f : args.bias[bias_at]);
-    if constexpr (STRIPES == 2) {
-        const float u = args.out_scale * sum[1] + (args.bias_up == nullptr ? 0.0f : args.bias_up[bias_at]);
-        static_cast<half *>(args.y)[cell] = to_half(gate(v, u, args.alpha, args.limit));
-    } else if (args.epilogue == STORE_F16) {
+    const size_t cell = out * args.y_stride + row;
+    const float v = args.out_scale * sum + (args.bias == nullptr ? 0.0f : args.bias[static_cast<size_t>(mat) * args.n_rows + row]);
+    if (args.epilogue == STORE_F16) {
         static_cast<half *>(args.y)[cell] = to_half(v);
     } else if (args.epilogue == ADD_F32) {
         static_cast<float *>(args.y)[cell] += v;
     } else {
         static_cast<float *>(args.y)[cell] = v;
     }
+}
+
+// The same for a gated matrix, whose stripes have 8 rows of the gate above 8 of up.
+DEVICE void finish_gated(const MatmulArgs &args, float sum, float sum_up, int mat, int row, size_t out) {
+    if (row >= args.n_rows) return;
+    const size_t bias_at = static_cast<size_t>(mat) * args.n_rows + row;
+    const float g = args.out_scale * sum + (args.bias == nullptr ? 0.0f : args.bias[bias_at]);
+    const float u = args.out_scale * sum_up + (args.bias_up == nullptr ? 0.0f : args.bias_up[bias_at]);
+    static_cast<half *>(args.y)[out * args.y_stride + row] = to_half(gate(g, u, args.alpha, args.limit));
 }

@@ -15,23 +15,26 @@ extern "C" __global__ void __launch_bounds__(32)
     float own[MAX_EXPERTS / WARP];
     for (int i = 0; i < MAX_EXPERTS / WARP; i++) {
         const int e = lane + WARP * i;
-        own[i] = e < n_experts ? in[e] : -INFINITY;
+        own[i] = e < n_experts && in[e] > -INFINITY ? in[e] : -INFINITY; // NaN ranks last: an expert must exist
     }
+    unsigned taken = 0; // bit i: own[i] was chosen
     dependents_may_start();
     float chosen = 0.0f, top = 0.0f, sum = 0.0f;
     for (int k = 0; k < n_used; k++) {
         float best = -INFINITY;
         int at = MAX_EXPERTS;
         for (int i = 0; i < MAX_EXPERTS / WARP; i++) {
-            if (own[i] > best) best = own[i], at = lane + WARP * i;
+            const int e = lane + WARP * i;
+            if (e < n_experts && !(taken >> i & 1) && (own[i] > best || at == MAX_EXPERTS)) best = own[i], at = e;
         }
         for (int offset = 16; offset > 0; offset >>= 1) {
             const float other = __shfl_xor_sync(0xffffffffu, best, offset);
             const int other_at = __shfl_xor_sync(0xffffffffu, at, offset);
             if (other > best || (other == best && other_at < at)) best = other, at = other_at;
         }
+        at = min(at, n_experts - 1); // logits that are no numbers choose some expert, not memory that is none
         for (int i = 0; i < MAX_EXPERTS / WARP; i++) {
-            if (lane + WARP * i == at) own[i] = -INFINITY;
+            if (lane + WARP * i == at) taken |= 1u << i;
         }
         if (k == 0) top = best;
         const float w = exp_f32(best - top);

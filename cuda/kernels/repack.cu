@@ -1,28 +1,35 @@
 // Rows of GGUF blocks to tiles (tiles.cuh), once per weight at load.   Bound by: reading and writing the weight once.
 // source: n_rows encoded rows of n_cols weights   planes: the matrix's tiles; rows and k beyond it become zeros.
-// Row r of the source goes to stripe (r / 16) * stripe_step + stripe_first, so that gate and up can be interleaved.
-// Grid (ceil(n_k32 / 8), stripes, matrices), block (8 rows pairs, 8 segments): a thread moves 32 k of rows g and g + 8.
+// A stripe has 16 rows of the source, or 8 rows of it (gate) above 8 of `second` (up), so that one thread of a product holds both.
+// Grid (ceil(n_k32 / 8), stripes), block (8 row pairs, 8 segments): a thread moves 32 k of rows g and g + 8 of a stripe.
 // Reference: dtype/*.rs; the test unpacks the tiles again and compares every weight.
 #include "blocks.cuh"
 #include "tiles.cuh"
 
-// Mirrored by `RepackArgs` in launch/repack.rs.
+// Mirrored by `RepackArgs` in launch/matrix.rs.
 struct RepackArgs {
-    const uint8_t *source;
+    const uint8_t *source, *second; // second: null unless gated
     uint8_t *lo, *hi, *scale;
-    unsigned long long row_bytes;
-    int n_rows, n_cols;
-    int n_tiles;                    // tiles of k
-    int n_stripes;                  // stripes of one matrix in the planes
-    int stripe_first, stripe_step;
-    float factor;                   // multiplies scales and minima; a power of two
+    unsigned long long row_bytes, first_stripe;
+    int n_rows, n_cols; // of the source, and of `second`
+    int n_tiles;        // tiles of k
+    float factor;       // multiplies scales and minima; a power of two
 };
+
+// Row g + 8 r of the block's stripe: where its bytes are, or null where there is no such row.
+DEVICE const uint8_t *source_row(const RepackArgs &args, int g, int r) {
+    const bool gated = args.second != nullptr;
+    const int row = gated ? blockIdx.y * 8 + g : blockIdx.y * TILE_ROWS + g + 8 * r;
+    if (row >= args.n_rows) return nullptr;
+    return (gated && r == 1 ? args.second : args.source) + row * args.row_bytes;
+}
 
 template <int KIND> DEVICE uint8_t zero_quant() { return KIND == Q8 ? 128 : KIND == Q6 ? 32 : 0; }
 
-// Bits of the E8M0-like exponent byte: f16's exponent field of 2^14 s, clamped to f16's normal range.
+// Bits of the E8M0-like exponent byte: f16's exponent field of 2^14 times the scale, of which s is half; clamped to f16's normal
+// range.
 DEVICE uint8_t f16_exponent(float s) {
-    const int e = static_cast<int>((__float_as_uint(s) >> 23) & 0xff) - 127 + 14 + 15;
+    const int e = static_cast<int>((__float_as_uint(s) >> 23) & 0xff) - 127 + 1 + 14 + 15;
     return static_cast<uint8_t>(min(max(e, 0), 30));
 }
 
@@ -30,16 +37,15 @@ template <int FORMAT, int KIND> DEVICE void repack(const RepackArgs &args) {
     const int g = threadIdx.x, k32 = blockIdx.x * 8 + threadIdx.y;
     if (k32 >= 2 * args.n_tiles) return;
     const int tile = k32 / 2, segment = k32 % 2;
-    const size_t stripe = static_cast<size_t>(blockIdx.z) * args.n_stripes + blockIdx.y * args.stripe_step + args.stripe_first;
-    const size_t at = stripe * args.n_tiles + tile;
-    const uint8_t *matrix = args.source + static_cast<size_t>(blockIdx.z) * args.n_rows * args.row_bytes;
+    const size_t at = (args.first_stripe + blockIdx.y) * args.n_tiles + tile;
 
     if constexpr (KIND == F16) {
         for (int k = 0; k < 32; k++) {
             for (int r = 0; r < 2; r++) {
-                const int row = blockIdx.y * TILE_ROWS + g + 8 * r, col = k32 * 32 + k;
+                const uint8_t *row = source_row(args, g, r);
+                const int col = k32 * 32 + k;
                 float v = 0.0f;
-                if (row < args.n_rows && col < args.n_cols) v = take_plain<FORMAT>(matrix + row * args.row_bytes, col);
+                if (row != nullptr && col < args.n_cols) v = take_plain<FORMAT>(row, col);
                 const int s = 2 * segment + k / 16, kk = k % 16, lane = 4 * g + (kk % 8) / 2, reg = 2 * (kk / 8) + r;
                 half *target = reinterpret_cast<half *>(args.lo + at * lo_bytes(F16) + s * 512 + lane * 16 + reg * 4);
                 target[kk % 2] = to_half(v * args.factor);
@@ -49,10 +55,10 @@ template <int FORMAT, int KIND> DEVICE void repack(const RepackArgs &args) {
     } else {
         Sixteen part[2][2]; // [row][half of the segment]
         for (int r = 0; r < 2; r++) {
-            const int row = blockIdx.y * TILE_ROWS + g + 8 * r;
+            const uint8_t *row = source_row(args, g, r);
             for (int h = 0; h < 2; h++) {
-                if (row < args.n_rows && k32 * 32 < args.n_cols) {
-                    take_sixteen<FORMAT>(part[r][h], matrix + row * args.row_bytes, 2 * k32 + h);
+                if (row != nullptr && k32 * 32 < args.n_cols) {
+                    take_sixteen<FORMAT>(part[r][h], row, 2 * k32 + h);
                 } else {
                     part[r][h].s = part[r][h].m = 0.0f;
                     for (int k = 0; k < 16; k++) part[r][h].q[k] = zero_quant<KIND>();

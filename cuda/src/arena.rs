@@ -9,12 +9,44 @@ use crate::gpu::Gpu;
 use cudarc::driver::sys;
 use std::marker::PhantomData;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 /// Buffers start at multiples of this, enough for 128-bit loads, bulk copies and whole L2 sectors.
 pub const ALIGN: u64 = 256;
 /// Physical memory grows in steps of at least this, so that few handles are needed.
 const CHUNK: u64 = 64 << 20;
+
+/// How many bytes some arenas may take together; clones share the count.
+#[derive(Debug, Clone)]
+pub struct Cap(Arc<Mutex<u64>>);
+
+impl Cap {
+    /// Up to `bytes`.
+    pub fn new(bytes: u64) -> Cap {
+        Cap(Arc::new(Mutex::new(bytes)))
+    }
+
+    /// Bytes that may still be taken.
+    pub fn left(&self) -> u64 {
+        *self.0.lock().expect("no panic while locked")
+    }
+
+    /// Takes `bytes`, or nothing where fewer are left.
+    fn take(&self, bytes: u64) -> bool {
+        let mut left = self.0.lock().expect("no panic while locked");
+        match left.checked_sub(bytes) {
+            Some(rest) => {
+                *left = rest;
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn give(&self, bytes: u64) {
+        *self.0.lock().unwrap_or_else(|e| e.into_inner()) += bytes;
+    }
+}
 
 /// An arena; clones share it. Memory goes back to the device when the last clone and the last buffer are gone.
 #[derive(Debug, Clone)]
@@ -24,6 +56,7 @@ pub struct Arena(Arc<Shared>);
 struct Shared {
     gpu: Gpu,
     what: &'static str,
+    cap: Option<Cap>,
     base: sys::CUdeviceptr,
     reserved: u64,
     granularity: u64,
@@ -71,6 +104,14 @@ impl Arena {
     /// # Errors
     /// A failed driver call.
     pub fn new(gpu: &Gpu, what: &'static str, reserve: u64) -> Result<Arena, CudaError> {
+        Self::with_cap(gpu, what, reserve, None)
+    }
+
+    /// [`Arena::new`], with a cap on the memory that it takes together with others.
+    ///
+    /// # Errors
+    /// A failed driver call.
+    pub fn with_cap(gpu: &Gpu, what: &'static str, reserve: u64, cap: Option<Cap>) -> Result<Arena, CudaError> {
         let mut granularity = 0;
         let minimum = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM;
         // SAFETY: the properties are valid for the call; one size is written.
@@ -83,7 +124,7 @@ impl Arena {
         let result = unsafe { sys::cuMemAddressReserve(&mut base, reserved as usize, 0, 0, 0) };
         gpu.check(result, || format!("cuMemAddressReserve({reserved})"))?;
         let state = Mutex::default();
-        Ok(Arena(Arc::new(Shared { gpu: gpu.clone(), what, base, reserved, granularity, state })))
+        Ok(Arena(Arc::new(Shared { gpu: gpu.clone(), what, cap, base, reserved, granularity, state })))
     }
 
     /// Cuts a buffer of `len` elements; its contents are undefined.
@@ -100,10 +141,28 @@ impl Arena {
             return Err(shared.out_of_memory(what, bytes, shared.reserved - start));
         };
         if end > state.mapped {
-            shared.grow(&mut state, end).map_err(|e| shared.or_out_of_memory(e, what, bytes))?;
+            shared.grow(&mut state, end, CHUNK).map_err(|e| shared.or_out_of_memory(e, what, bytes))?;
         }
         state.used = end;
         Ok(Buffer { arena: self.clone(), ptr: shared.base + start, len, element: PhantomData })
+    }
+
+    /// Takes memory for buffers of `bytes` in all, in one piece, so that [`Arena::alloc`] finds it there.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`]: nothing has changed then.
+    pub fn commit(&self, bytes: u64) -> Result<(), CudaError> {
+        let shared = &self.0;
+        let mut state = shared.state.lock().expect("no panic while locked");
+        let end = state.used.saturating_add(bytes);
+        if end > shared.reserved {
+            return Err(shared.out_of_memory("all of it", bytes, shared.reserved - state.used));
+        }
+        if end <= state.mapped {
+            return Ok(());
+        }
+        let missing = end - state.mapped;
+        shared.grow(&mut state, end, missing).map_err(|e| shared.or_out_of_memory(e, "all of it", bytes))
     }
 
     /// Bytes cut into buffers.
@@ -145,11 +204,40 @@ impl Arena {
     }
 }
 
+/// An arena that something else keeps.
+#[derive(Debug, Clone)]
+pub(crate) struct WeakArena(Weak<Shared>);
+
+impl WeakArena {
+    /// [`Arena::mapped_bytes`], 0 once the arena is gone.
+    pub(crate) fn mapped_bytes(&self) -> u64 {
+        self.0.upgrade().map_or(0, |shared| Arena(shared).mapped_bytes())
+    }
+
+    /// Whether the arena is gone.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.0.strong_count() == 0
+    }
+}
+
+impl Arena {
+    pub(crate) fn weak(&self) -> WeakArena {
+        WeakArena(Arc::downgrade(&self.0))
+    }
+}
+
 impl Shared {
-    /// Backs the reservation with memory up to at least `end`.
-    fn grow(&self, state: &mut State, end: u64) -> Result<(), CudaError> {
-        let missing = (end - state.mapped).next_multiple_of(self.granularity);
-        let bytes = missing.max(CHUNK).min(self.reserved - state.mapped);
+    /// Backs the reservation with memory up to at least `end`, by at least `step` bytes.
+    fn grow(&self, state: &mut State, end: u64, step: u64) -> Result<(), CudaError> {
+        let missing = (end - state.mapped).max(step).next_multiple_of(self.granularity);
+        let bytes = missing.min(self.reserved - state.mapped);
+        if let Some(cap) = self.cap.as_ref().filter(|cap| !cap.take(bytes)) {
+            return Err(self.out_of_memory("the memory cap", bytes, cap.left()));
+        }
+        self.grow_by(state, bytes).inspect_err(|_| self.give_back(bytes))
+    }
+
+    fn grow_by(&self, state: &mut State, bytes: u64) -> Result<(), CudaError> {
         let mut handle = 0;
         // SAFETY: the properties are valid for the call; a handle is written.
         let result = unsafe { sys::cuMemCreate(&mut handle, bytes as usize, &properties(&self.gpu), 0) };
@@ -163,6 +251,12 @@ impl Shared {
         state.chunks.push(Chunk { handle, bytes });
         state.mapped += bytes;
         Ok(())
+    }
+
+    fn give_back(&self, bytes: u64) {
+        if let Some(cap) = &self.cap {
+            cap.give(bytes);
+        }
     }
 
     fn map(&self, handle: sys::CUmemGenericAllocationHandle, offset: u64, bytes: u64) -> Result<(), CudaError> {
@@ -199,7 +293,7 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        let state = self.state.get_mut().unwrap_or_else(|e| e.into_inner());
+        let state = std::mem::take(self.state.get_mut().unwrap_or_else(|e| e.into_inner()));
         // SAFETY: no buffer is left (each holds the arena), so nothing uses the range; a failed device refuses, and the
         // process's end frees what it refused.
         unsafe {
@@ -213,6 +307,8 @@ impl Drop for Shared {
             }
             sys::cuMemAddressFree(self.base, self.reserved as usize);
         }
+        let mapped = state.mapped;
+        self.give_back(mapped);
     }
 }
 
@@ -262,6 +358,28 @@ impl<T: Element> Buffer<T> {
         assert!(range.start <= range.end && range.end <= self.len, "slice {range:?} of {}", self.len);
         let ptr = self.ptr + (range.start * size_of::<T>()) as u64;
         Buffer { arena: self.arena.clone(), ptr, len: range.len(), element: PhantomData }
+    }
+
+    /// The same bytes as elements of another type.
+    ///
+    /// # Panics
+    /// If the bytes are no whole number of them.
+    pub fn cast<U: Element>(&self) -> Buffer<U> {
+        let bytes = self.len * size_of::<T>();
+        assert!(bytes.is_multiple_of(size_of::<U>()), "{bytes} bytes as elements of {}", size_of::<U>());
+        Buffer { arena: self.arena.clone(), ptr: self.ptr, len: bytes / size_of::<U>(), element: PhantomData }
+    }
+
+    /// Enqueues a copy of another buffer of the same length, which does not overlap with this one.
+    ///
+    /// # Errors
+    /// [`CudaError::Contract`] if the lengths differ; a failed driver call.
+    pub fn copy_from(&self, source: &Buffer<T>) -> Result<(), CudaError> {
+        self.same_len("copy_from", source.len)?;
+        let gpu = self.arena.gpu();
+        // SAFETY: both ranges are `bytes` long and belong to arenas that the buffers keep.
+        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(self.ptr, source.ptr, self.bytes() as usize, gpu.stream()) };
+        gpu.check(result, || format!("cuMemcpyDtoDAsync({})", self.bytes()))
     }
 
     /// Copies from the host, waiting until it is done.

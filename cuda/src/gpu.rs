@@ -177,6 +177,14 @@ impl Gpu {
         Ok(free as u64)
     }
 
+    /// Bytes in use on the device now, by every process.
+    ///
+    /// # Errors
+    /// A failed driver call.
+    pub fn used_bytes(&self) -> Result<u64, CudaError> {
+        Ok(self.info().memory_bytes - self.free_bytes()?)
+    }
+
     /// The stream that everything is enqueued on.
     pub fn stream(&self) -> sys::CUstream {
         self.0.stream

@@ -17,21 +17,33 @@ pub struct Graph {
 // SAFETY: the handle may be used from any thread that bound the context.
 unsafe impl Send for Graph {}
 
-impl Graph {
-    /// Records what `enqueue` puts on the device's stream. Nothing runs. `enqueue` must not synchronise or allocate.
+/// A capture under way on the device's stream: what is enqueued is recorded and does not run. Nothing may synchronise or
+/// allocate until it is finished. Dropping it forgets what was recorded.
+#[derive(Debug)]
+pub struct Capture {
+    gpu: Gpu,
+    open: bool,
+}
+
+impl Capture {
+    /// Begins.
     ///
     /// # Errors
-    /// What `enqueue` returns, or a failed driver call; the stream is usable afterwards.
-    pub fn capture<E: From<CudaError>>(gpu: &Gpu, enqueue: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
+    /// A failed driver call.
+    pub fn begin(gpu: &Gpu) -> Result<Capture, CudaError> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is ours and not capturing.
         gpu.check(unsafe { sys::cuStreamBeginCapture_v2(gpu.stream(), mode) }, || "cuStreamBeginCapture".into())?;
-        let enqueued = enqueue();
-        let mut graph = std::ptr::null_mut();
-        // SAFETY: capture began above; a handle is written.
-        let ended = unsafe { sys::cuStreamEndCapture(gpu.stream(), &mut graph) };
-        enqueued?;
-        gpu.check(ended, || "cuStreamEndCapture".into())?;
+        Ok(Capture { gpu: gpu.clone(), open: true })
+    }
+
+    /// Ends, and makes what was recorded ready to run.
+    ///
+    /// # Errors
+    /// A failed driver call; the stream is usable afterwards.
+    pub fn finish(mut self) -> Result<Graph, CudaError> {
+        let gpu = self.gpu.clone();
+        let graph = self.end()?;
         let mut exec = std::ptr::null_mut();
         // SAFETY: the graph is whole; a handle is written.
         let made = unsafe { sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0) };
@@ -40,9 +52,32 @@ impl Graph {
         gpu.check(made, || "cuGraphInstantiate".into())?;
         // SAFETY: both handles are valid.
         gpu.check(unsafe { sys::cuGraphUpload(exec, gpu.stream()) }, || "cuGraphUpload".into())?;
-        Ok(Graph { gpu: gpu.clone(), exec })
+        Ok(Graph { gpu, exec })
     }
 
+    fn end(&mut self) -> Result<sys::CUgraph, CudaError> {
+        self.open = false;
+        let mut graph = std::ptr::null_mut();
+        // SAFETY: capture began in `begin`; a handle is written.
+        let ended = unsafe { sys::cuStreamEndCapture(self.gpu.stream(), &mut graph) };
+        self.gpu.check(ended, || "cuStreamEndCapture".into())?;
+        Ok(graph)
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        if !self.open {
+            return;
+        }
+        if let Ok(graph) = self.end() {
+            // SAFETY: the graph is ours and not used any more.
+            unsafe { sys::cuGraphDestroy(graph) };
+        }
+    }
+}
+
+impl Graph {
     /// Enqueues one run.
     ///
     /// # Errors

@@ -75,15 +75,24 @@ unsafe impl Send for Kernels {}
 // SAFETY: as above; the maps are behind locks.
 unsafe impl Sync for Kernels {}
 
+/// Whether this binary has kernels.
+///
+/// # Errors
+/// [`CudaError::Unavailable`] with what was missing when it was built.
+pub fn built() -> Result<(), CudaError> {
+    if FATBINS.is_empty() {
+        return Err(CudaError::Unavailable(format!("this binary has no GPU kernels ({TOOLCHAIN})")));
+    }
+    Ok(())
+}
+
 impl Kernels {
     /// The embedded kernels for this device; nothing is loaded yet.
     ///
     /// # Errors
     /// [`CudaError::Unavailable`] if the binary was built without nvcc.
     pub fn new(gpu: &Gpu) -> Result<Kernels, CudaError> {
-        if FATBINS.is_empty() {
-            return Err(CudaError::Unavailable(format!("this binary has no GPU kernels ({TOOLCHAIN})")));
-        }
+        built()?;
         Ok(Kernels { gpu: gpu.clone(), modules: Mutex::default(), functions: Mutex::default() })
     }
 
@@ -145,24 +154,53 @@ impl Kernel {
     /// # Safety
     /// `args` match the kernel's parameters in number, type and order, and every pointer among them is valid for what
     /// the kernel does with it until it has run.
-    pub unsafe fn launch(self, gpu: &Gpu, launch: Launch, mut args: Args) -> Result<(), CudaError> {
+    pub unsafe fn launch(self, gpu: &Gpu, launch: Launch, args: Args) -> Result<(), CudaError> {
+        // SAFETY: the caller's.
+        unsafe { self.launch_clusters(gpu, launch, 1, args) }
+    }
+
+    /// As [`Kernel::launch`], the grid's x cut into clusters of `cluster` blocks, which divides it (sm_90 and later if above 1).
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// As there.
+    pub unsafe fn launch_clusters(
+        self,
+        gpu: &Gpu,
+        launch: Launch,
+        cluster: u32,
+        mut args: Args,
+    ) -> Result<(), CudaError> {
         let mut pointers: Vec<*mut c_void> = args.slots.iter_mut().map(|s| s.as_mut_ptr().cast()).collect();
         // SAFETY: plain C data for which all zeros is valid.
-        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
+        let mut n_attributes = 0;
+        if launch.overlap && gpu.info().capability.0 >= 9 {
+            attributes[n_attributes].id =
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            attributes[n_attributes].value.programmaticStreamSerializationAllowed = 1;
+            n_attributes += 1;
+        }
+        if cluster > 1 {
+            attributes[n_attributes].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            attributes[n_attributes].value.clusterDim =
+                sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: cluster, y: 1, z: 1 };
+            n_attributes += 1;
+        }
         // SAFETY: as above.
         let mut config: sys::CUlaunchConfig = unsafe { std::mem::zeroed() };
         (config.gridDimX, config.gridDimY, config.gridDimZ) = launch.grid;
         (config.blockDimX, config.blockDimY, config.blockDimZ) = launch.block;
         config.sharedMemBytes = launch.shared_bytes;
         config.hStream = gpu.stream();
-        config.attrs = &mut attribute;
-        config.numAttrs = c_uint::from(launch.overlap && gpu.info().capability.0 >= 9);
+        config.attrs = attributes.as_mut_ptr();
+        config.numAttrs = n_attributes as c_uint;
         // SAFETY: the configuration and the argument slots live for the call, which copies them; the rest is the caller's.
         let result =
             unsafe { sys::cuLaunchKernelEx(&config, self.function, pointers.as_mut_ptr(), std::ptr::null_mut()) };
-        gpu.check(result, || format!("launch of {} with {launch:?}", self.name))
+        gpu.check(result, || format!("launch of {} with {launch:?} in clusters of {cluster}", self.name))
     }
 }
 

@@ -7,7 +7,10 @@
 //! |---|---|
 //! | [`gpu`] | a device by UUID, with a context and a stream |
 //! | [`arena`] | memory that survives a fault, and typed buffers cut from it |
+//! | [`ledger`] | what this process holds of a device, by kind |
 //! | [`pinned`] | page-locked host memory |
+//! | [`stream`] | a second stream, and events |
+//! | [`loader`] | bytes from files to the device, in chunks |
 //! | [`kernels`] | the embedded kernels, loading and launching |
 //! | [`launch`] | one launcher per op |
 //! | [`graph`] | capture and replay |
@@ -18,6 +21,9 @@ pub mod gpu;
 pub mod graph;
 pub mod kernels;
 pub mod launch;
+pub mod ledger;
+pub mod loader;
 pub mod pinned;
+pub mod stream;
 
 pub use error::CudaError;

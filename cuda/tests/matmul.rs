@@ -4,48 +4,11 @@ mod support;
 
 use half::f16;
 use playhouse_cuda::arena::Buffer;
-use playhouse_cuda::launch::matmul::{self, Experts, Gate, Output, Product, Rows};
+use playhouse_cuda::launch::matmul::{self, Experts, Gate, NormInput, Output, Product, Rows};
 use playhouse_cuda::launch::matrix::{FORMATS, Format, HalfRows, Layout, Matrix, Part, TILE_ROWS};
+use playhouse_cuda::launch::norm::{RmsNorm, rms_norm};
+use support::formats::random_rows;
 use support::{Bench, Random, bench, download};
-
-/// Encoded rows with random bits and scales of usable size.
-fn random_rows(random: &mut Random, format: Format, n_rows: usize, n_cols: usize) -> Vec<u8> {
-    let (elems, bytes) = format.block();
-    let mut out = Vec::with_capacity(n_rows * n_cols / elems * bytes);
-    for _ in 0..n_rows * n_cols / elems {
-        let mut block: Vec<u8> = (0..bytes).map(|_| random.next() as u8).collect();
-        let scale = f16::from_f32(0.002 + 0.004 * random.unit()).to_le_bytes();
-        let minimum = f16::from_f32(0.01 * random.unit()).to_le_bytes();
-        let at = match format.name {
-            "F32" => {
-                block = (0.05 * random.normal()).to_le_bytes().to_vec();
-                vec![]
-            }
-            "F16" => {
-                block = f16::from_f32(0.05 * random.normal()).to_le_bytes().to_vec();
-                vec![]
-            }
-            "BF16" => {
-                block = half::bf16::from_f32(0.05 * random.normal()).to_le_bytes().to_vec();
-                vec![]
-            }
-            "MXFP4" => {
-                block[0] = 118 + (random.next() % 5) as u8;
-                vec![]
-            }
-            "Q4_1" | "Q5_1" | "Q4_K" | "Q5_K" => vec![(0, scale), (2, minimum)],
-            "Q2_K" => vec![(80, scale), (82, minimum)],
-            "Q3_K" => vec![(108, scale)],
-            "Q6_K" => vec![(208, f16::from_f32(1e-4).to_le_bytes())],
-            _ => vec![(0, scale)],
-        };
-        for (at, value) in at {
-            block[at..at + 2].copy_from_slice(&value);
-        }
-        out.extend(block);
-    }
-    out
-}
 
 struct Case {
     matrix: Matrix,
@@ -56,7 +19,7 @@ fn matrix(bench: &Bench, random: &mut Random, format: Format, n_rows: usize, n_c
     let part = Part { format, n_rows };
     let matrix = Matrix::new(&bench.arena, "w", &[part], Layout::Stacked, n_cols, n_mats).expect("fits");
     let rows = random_rows(random, format, n_rows * n_mats, n_cols);
-    matrix.fill(&bench.kernels, 0, format, &bench.upload(&rows)).expect("launches");
+    matrix.fill(&bench.kernels, 0, format, &[&bench.upload(&rows)]).expect("launches");
     let padded = n_rows.next_multiple_of(TILE_ROWS);
     let unpacked = bench.zeros::<f32>(n_mats * padded * n_cols);
     matrix.unpack(&bench.kernels, &unpacked).expect("launches");
@@ -74,9 +37,8 @@ fn activations(bench: &Bench, random: &mut Random, rows: usize, n_cols: usize) -
 
 fn product(bench: &Bench, matrix: &Matrix, x: &HalfRows, n: usize) -> Vec<f32> {
     let y = bench.zeros::<f32>(n * matrix.n_rows());
-    let shape = matrix.shape();
     let n_sms = bench.gpu.info().n_sms as usize;
-    let partial: Buffer<f32> = bench.zeros(matmul::partial_len(shape.n_stripes, shape.n_tiles, n, n_sms, None).max(1));
+    let partial: Buffer<f32> = bench.zeros(matmul::partial_len(matrix.shape(), n, n_sms, None).max(1));
     let output = Output::Store(Rows { data: y.clone(), stride: matrix.n_rows() });
     let product = Product { matrix, x, n, bias: None, bias_up: None, experts: Experts::One, output };
     product.launch(&bench.kernels, &partial).expect("launches");
@@ -127,7 +89,7 @@ fn experts_and_gates_give_the_same_bits_one_by_one_and_in_tiles() {
     let gather: Vec<i32> = (0..tiles * 32).map(|c| if c < n as i32 { c } else { -1 }).collect();
     let y = bench.zeros::<f32>(64 * n_rows);
     let partial = bench.zeros::<f32>(8 * 64 * n_rows);
-    let experts = Experts::Tiles { mats: bench.upload(&[3, 1]), gather: bench.upload(&gather), column_tile: 32 };
+    let experts = Experts::Tiles { mats: bench.upload(&[3, 1]), gather: Some(bench.upload(&gather)), column_tile: 32 };
     let output = Output::Store(Rows { data: y.clone(), stride: n_rows });
     let op = Product { matrix: &case.matrix, x: &x, n: 64, bias: None, bias_up: None, experts, output };
     op.launch(&bench.kernels, &partial).expect("launches");
@@ -149,29 +111,59 @@ fn a_gated_product_is_the_gate_of_its_two_products() {
     let Some(bench) = bench("a_gated_product_is_the_gate_of_its_two_products") else { return };
     let mut random = Random(3);
     let format = Format::by_name("Q4_K").expect("listed");
-    let (n_rows, n_cols, n) = (80, 512, 5);
+    let (n_rows, n_cols, n) = (76, 512, 40);
     let part = Part { format, n_rows };
     let rows = [0, 1].map(|_| bench.upload(&random_rows(&mut random, format, n_rows, n_cols)));
-    let both = Matrix::new(&bench.arena, "gate and up", &[part, part], Layout::Interleaved, n_cols, 1).expect("fits");
+    let both = Matrix::new(&bench.arena, "gate and up", &[part, part], Layout::Gated, n_cols, 1).expect("fits");
     let single = |rows: &Buffer<u8>| {
         let one = Matrix::new(&bench.arena, "one", &[part], Layout::Stacked, n_cols, 1).expect("fits");
-        one.fill(&bench.kernels, 0, format, rows).expect("launches");
+        one.fill(&bench.kernels, 0, format, &[rows]).expect("launches");
         one
     };
-    for (i, rows) in rows.iter().enumerate() {
-        both.fill(&bench.kernels, i, format, rows).expect("launches");
-    }
+    both.fill(&bench.kernels, 0, format, &[&rows[0], &rows[1]]).expect("launches");
     let (x, _) = activations(&bench, &mut random, n, n_cols);
-    let h = bench.zeros::<f16>(n * n_rows);
-    let output = Output::Gated(HalfRows { data: h.clone(), stride: n_rows }, Gate::SwiGlu);
-    let op = Product { matrix: &both, x: &x, n, bias: None, bias_up: None, experts: Experts::One, output };
-    op.launch(&bench.kernels, &bench.zeros(1)).expect("launches");
+    let gated = |n: usize| {
+        let h = bench.zeros::<f16>(n * n_rows);
+        let output = Output::Gated(HalfRows { data: h.clone(), stride: n_rows }, Gate::SwiGlu);
+        let op = Product { matrix: &both, x: &x, n, bias: None, bias_up: None, experts: Experts::One, output };
+        op.launch(&bench.kernels, &bench.zeros(8 * n * 2 * n_rows)).expect("launches");
+        download(&h)
+    };
+    let h = gated(5);
+    assert_eq!(h, gated(n)[..h.len()], "the large kernel gives the small one's bits");
     let gate = product(&bench, &single(&rows[0]), &x, n);
     let up = product(&bench, &single(&rows[1]), &x, n);
-    for (i, h) in download(&h).iter().enumerate() {
+    for (i, h) in h.iter().enumerate() {
         let (g, u) = (f64::from(gate[i]), f64::from(up[i]));
         let exact = g / (1.0 + (-g).exp()) * u;
         assert!((h.to_f64() - exact).abs() <= exact.abs() * 1e-3 + 1e-6, "{i}: {h} is not {exact}");
+    }
+}
+
+#[test]
+fn a_product_that_normalises_gives_the_bits_of_norm_and_product() {
+    let Some(bench) = bench("a_product_that_normalises_gives_the_bits_of_norm_and_product") else { return };
+    let mut random = Random(4);
+    for (name, n_rows, n_cols) in [("F16", 33, 96), ("Q8_0", 100, 896), ("Q4_K", 4000, 3072), ("Q6_K", 65, 4096)] {
+        bench.arena.reset();
+        let case = matrix(&bench, &mut random, Format::by_name(name).expect("listed"), n_rows, n_cols, 1);
+        let x: Vec<f32> = (0..8 * n_cols).map(|_| 3.0 * random.normal()).collect();
+        let weight: Vec<f32> = (0..n_cols).map(|_| random.normal()).collect();
+        let (x, weight) = (bench.upload(&x), bench.upload(&weight));
+        let y = HalfRows { data: bench.zeros(8 * n_cols.next_multiple_of(64)), stride: n_cols.next_multiple_of(64) };
+        let op = RmsNorm { x: &x, weight: &weight, rows: None, eps: 1e-5, y: &y };
+        rms_norm(&bench.kernels, &op, 8).expect("launches");
+        for n in [1, 2, 3, 7, 8] {
+            let expected = product(&bench, &case.matrix, &y, n);
+            let out = bench.zeros::<f32>(n * n_rows);
+            let output = Output::Store(Rows { data: out.clone(), stride: n_rows });
+            let op =
+                Product { matrix: &case.matrix, x: &y, n, bias: None, bias_up: None, experts: Experts::One, output };
+            let norm = NormInput { x: &x, weight: &weight, eps: 1e-5 };
+            op.launch_normalised(&bench.kernels, &norm).expect("launches");
+            let same = download(&out).iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{name} {n_rows}x{n_cols}, {n} columns");
+        }
     }
 }
 
@@ -182,7 +174,7 @@ fn misuse_is_an_error() {
     let odd = Matrix::new(&bench.arena, "w", &[Part { format, n_rows: 16 }], Layout::Stacked, 896, 1);
     assert!(odd.is_err_and(|e| e.to_string().contains("whole blocks")));
     let good = Matrix::new(&bench.arena, "w", &[Part { format, n_rows: 16 }], Layout::Stacked, 256, 1).expect("fits");
-    let short = good.fill(&bench.kernels, 0, format, &bench.zeros(10));
+    let short = good.fill(&bench.kernels, 0, format, &[&bench.zeros(10)]);
     assert!(short.is_err_and(|e| e.to_string().contains("10 bytes")));
     let too_large = bench.arena.alloc::<u8>(64 << 30, "all of it");
     assert!(too_large.is_err_and(|e| e.to_string().contains("out of memory")));

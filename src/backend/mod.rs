@@ -14,12 +14,18 @@
 
 mod batch;
 pub mod cpu;
+pub mod cuda;
 mod ops;
+mod sample;
+mod shape;
 
 pub use batch::{BLOCK_TOKENS, Batch, SeqSpan};
 pub use ops::{
     Activation, AttentionOp, GatedOp, HeadDims, HeadOp, Linear, MoeOp, MoeWeighting, Norm, Pairing, QkvOp, Rope,
 };
+
+pub use sample::{SampleRow, Sampled};
+pub use shape::{Join, ModelShape, WeightGroup, WeightShape, WeightUse};
 
 use crate::dtype::DType;
 use crate::gguf::TensorBytes;
@@ -62,6 +68,25 @@ pub struct WeightSource<'a> {
     pub n_cols: usize,
     /// Exactly `n_mats * n_rows` encoded rows.
     pub bytes: TensorBytes,
+    /// What it is for.
+    pub uses: WeightUse,
+}
+
+impl WeightSource<'_> {
+    /// The sizes without the bytes.
+    pub fn shape(&self) -> WeightShape {
+        let Self { dtype, n_mats, n_rows, n_cols, uses, .. } = *self;
+        WeightShape { dtype, n_mats, n_rows, n_cols, uses }
+    }
+}
+
+/// What is to be done in a step that [`Backend::begin_recorded`] began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begun {
+    /// Call the ops, then [`Backend::end`].
+    Call,
+    /// Nothing: the ops were recorded by an earlier step of the same shape and are already enqueued.
+    Replayed,
 }
 
 /// The shape of the paged KV cache.
@@ -157,11 +182,28 @@ pub trait Backend {
     /// The device as users know it: `cpu`, or a GPU's UUID.
     fn device(&self) -> String;
 
+    /// Says what the model needs that is about to be made resident, so that memory can be taken at once.
+    ///
+    /// # Errors
+    /// [`BackendError::OutOfMemory`], [`BackendError::Unsupported`].
+    fn reserve(&mut self, _shape: &ModelShape) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// Makes a weight resident.
     ///
     /// # Errors
     /// [`BackendError::OutOfMemory`], [`BackendError::Unsupported`], [`BackendError::Device`].
     fn weight(&mut self, source: WeightSource<'_>) -> Result<Self::Weight, BackendError>;
+
+    /// Makes weights resident that one op uses together. A backend may keep them as one and run one product where the op has
+    /// several; results are the same to the bit.
+    ///
+    /// # Errors
+    /// As [`Backend::weight`].
+    fn joined(&mut self, sources: Vec<WeightSource<'_>>, _join: Join) -> Result<Vec<Self::Weight>, BackendError> {
+        sources.into_iter().map(|source| self.weight(source)).collect()
+    }
 
     /// Allocates an activation buffer of `rows * cols` f32 zeros.
     ///
@@ -183,6 +225,24 @@ pub trait Backend {
     /// # Errors
     /// [`BackendError::Device`].
     fn begin(&mut self, batch: &Batch) -> Result<(), BackendError>;
+
+    /// Starts a step whose ops are the same calls, with the same weights and tensors, as those of every other step begun this
+    /// way. A backend may record them once and replay them.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`].
+    fn begin_recorded(&mut self, batch: &Batch) -> Result<Begun, BackendError> {
+        self.begin(batch)?;
+        Ok(Begun::Call)
+    }
+
+    /// The ops of a step that was begun with [`Backend::begin_recorded`] have been called.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`].
+    fn end(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
 
     /// `x[t] = scale * table[tokens[t]]`; `table` `[V, C]`, `x` `[T, C]`.
     fn embed(&mut self, table: &Self::Weight, scale: f32, x: &mut Self::Tensor);
@@ -212,6 +272,19 @@ pub trait Backend {
     /// # Errors
     /// [`BackendError::Device`] if anything enqueued since the last call failed.
     fn read(&mut self, tensor: &Self::Tensor, out: &mut [f32]) -> Result<(), BackendError>;
+
+    /// Chooses a token from each of the first `rows.len()` rows of `logits`, as `engine::sampler` defines it, and waits for it.
+    /// The logits may be changed. `None`, and nothing changed, where the backend leaves the choice to the caller.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`] if anything enqueued since the last call failed.
+    fn choose(
+        &mut self,
+        _logits: &mut Self::Tensor,
+        _rows: &[SampleRow<'_>],
+    ) -> Result<Option<Vec<Sampled>>, BackendError> {
+        Ok(None)
+    }
 
     /// Copies whole KV blocks (`from`, `to`) in every layer, before anything of the next step.
     ///

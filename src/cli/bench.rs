@@ -1,20 +1,24 @@
 //! `playhouse bench`: prefill and decode speed of a model, each beside what this machine's memory and arithmetic allow.
 //!
-//! A figure is the median over runs of whole steps of the resident model: embedding to logits, without tokenizing and
-//! sampling. Prefill runs a prompt in chunks of at most 512 tokens and wants the last token's logits; decode runs one
-//! token of each of several sequences per step and wants all of their logits.
+//! A figure is the median over runs of whole steps of the resident model, from token ids to the greedy choice of the next ones,
+//! without tokenizing. Prefill runs a prompt in chunks (512 tokens on a CPU, 4096 on a GPU) and chooses the token after it;
+//! decode runs one token of each of several sequences per step and chooses the next of each.
 
 use std::fmt::Write as _;
 use std::time::Instant;
 
-use super::load::ModelArgs;
-use super::{CliError, Exit, RunCommand};
-use crate::backend::cpu::{measure_multiply_adds, measure_read_bandwidth};
-use crate::backend::{BLOCK_TOKENS, Batch, KvDtype, KvLayout, SeqSpan};
-use crate::engine::{LoadError, RunnerLimits, StepModel, kv_blocks, kv_layout};
+use super::load::{ModelArgs, backend_exit};
+use super::{CliError, RunCommand};
+use crate::backend::cpu::{CpuBackend, measure_multiply_adds, measure_read_bandwidth};
+use crate::backend::cuda;
+use crate::backend::{BLOCK_TOKENS, BackendError, Batch, KvDtype, KvLayout, SampleRow, SeqSpan};
+use crate::engine::sampler::{RowOptions, Sampler};
+use crate::engine::{DeviceName, LoadError, RunnerLimits, StepModel, kv_blocks, kv_layout};
 use crate::gguf::GgufFile;
 use crate::models::spec::{Ffn, Linear, TensorRule};
 use crate::models::{ModelSpec, describe};
+use playhouse_actors::engine::SamplingParams;
+use rayon::prelude::*;
 
 /// The arguments of `bench`.
 #[derive(Debug, clap::Args)]
@@ -43,42 +47,42 @@ pub(crate) struct Args {
 
 /// Prompt lengths unless the user asks for others.
 const PROMPTS: [usize; 3] = [32, 128, 512];
-/// Most tokens in a step.
-const CHUNK: usize = 512;
+/// Most tokens in a step on a CPU.
+const CPU_CHUNK: usize = 512;
+/// Most tokens in a step on a GPU.
+const GPU_CHUNK: usize = 4096;
 
 impl RunCommand for Args {
     fn run(self) -> Result<(), CliError> {
         let n_ctx_train = describe(&self.model.open()?).map_err(LoadError::from)?.n_ctx_train;
-        let tests = self.tests(n_ctx_train)?;
+        let chunk = match self.model.device()? {
+            DeviceName::Cpu => CPU_CHUNK,
+            DeviceName::Gpu(_) => GPU_CHUNK,
+        };
+        let tests = self.tests(n_ctx_train, chunk)?;
         let n_ctx = tests.iter().map(|t| t.start() + t.n_tokens()).max().unwrap_or(1);
         let n_sequences = tests.iter().map(Test::n_sequences).max().unwrap_or(1);
         let limits = RunnerLimits {
             n_ctx,
-            max_batch_tokens: n_ctx.clamp(n_sequences, n_sequences.max(CHUNK)),
+            max_batch_tokens: n_ctx.clamp(n_sequences, n_sequences.max(chunk)),
             max_logit_rows: n_sequences,
             n_kv_blocks: kv_blocks(n_ctx, n_sequences),
-            kv_dtype: KvDtype::F32,
+            kv_dtype: KvDtype::F16,
         };
-        let mut loaded = self.model.load(|_| limits)?;
-        let cpu = loaded.runner.backend();
-        let machine = Machine {
-            device: "cpu",
-            instruction_set: cpu.instruction_set(),
-            threads: cpu.n_threads(),
-            memory_read_bytes_per_s: measure_read_bandwidth(cpu.n_threads()),
-            multiply_adds_per_s: measure_multiply_adds(cpu.n_threads()),
-        };
-        let cost = Cost::of(&loaded.file, loaded.runner.spec(), kv_layout(loaded.runner.spec(), &limits))?;
+        let mut loaded = self.model.load(|_, kv_dtype| RunnerLimits { kv_dtype, ..limits })?;
+        let limits = RunnerLimits { kv_dtype: loaded.device.default_kv(), ..limits };
+        let machine = Machine::measure(&loaded.device, self.model.threads.map(usize::from))?;
+        let cost = Cost::of(&loaded.file, &loaded.spec, kv_layout(&loaded.spec, &limits))?;
         let mut report = Report {
             model: loaded.file.label().to_owned(),
-            architecture: loaded.runner.spec().architecture,
+            architecture: loaded.spec.architecture,
             weight_bytes: loaded.runner.memory().weights,
             machine,
             results: Vec::new(),
         };
         for test in tests {
             super::note(&format!("{test} ..."));
-            let seconds = measure(&mut loaded.runner, &test, self.runs)?;
+            let seconds = measure(&mut loaded.runner, &test, self.runs, chunk)?;
             report.results.push(Outcome::new(&test, seconds, cost.limit(&test, &report.machine)));
         }
         if self.json { super::print_json(&report) } else { super::print(&report.table()) }
@@ -86,7 +90,7 @@ impl RunCommand for Args {
 }
 
 impl Args {
-    fn tests(&self, n_ctx_train: usize) -> Result<Vec<Test>, CliError> {
+    fn tests(&self, n_ctx_train: usize, chunk: usize) -> Result<Vec<Test>, CliError> {
         let zero = |flag: &str| CliError::usage(format!("{flag} is 0, expected at least 1"));
         if self.runs == 0 {
             return Err(zero("--runs"));
@@ -102,7 +106,7 @@ impl Args {
         }
         let fitting = || PROMPTS.into_iter().filter(|n| *n <= n_ctx_train).collect();
         let prompts = if self.prompt.is_empty() { fitting() } else { self.prompt.clone() };
-        let prefill = prompts.into_iter().map(|n_tokens| Test::Prefill { n_tokens });
+        let prefill = prompts.into_iter().map(|n_tokens| Test::Prefill { n_tokens, chunk });
         let (n_tokens, depth) = (self.decode, self.depth);
         let decode = self.batch.iter().map(|n| Test::Decode { n_sequences: *n, n_tokens, depth });
         Ok(prefill.chain(decode).collect())
@@ -113,8 +117,8 @@ impl Args {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(tag = "test", rename_all = "lowercase")]
 enum Test {
-    /// A prompt of `n_tokens`.
-    Prefill { n_tokens: usize },
+    /// A prompt of `n_tokens`, in steps of up to `chunk`.
+    Prefill { n_tokens: usize, chunk: usize },
     /// `n_tokens` tokens of each of `n_sequences`, after `depth` tokens each.
     Decode { n_sequences: usize, n_tokens: usize, depth: usize },
 }
@@ -122,7 +126,7 @@ enum Test {
 impl std::fmt::Display for Test {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Test::Prefill { n_tokens } => write!(f, "prefill {n_tokens}"),
+            Test::Prefill { n_tokens, .. } => write!(f, "prefill {n_tokens}"),
             Test::Decode { n_sequences, n_tokens, depth: 0 } => write!(f, "decode {n_sequences} x {n_tokens}"),
             Test::Decode { n_sequences, n_tokens, depth } => write!(f, "decode {n_sequences} x {n_tokens} @ {depth}"),
         }
@@ -132,7 +136,7 @@ impl std::fmt::Display for Test {
 impl Test {
     fn n_tokens(&self) -> usize {
         match self {
-            Test::Prefill { n_tokens } | Test::Decode { n_tokens, .. } => *n_tokens,
+            Test::Prefill { n_tokens, .. } | Test::Decode { n_tokens, .. } => *n_tokens,
         }
     }
 
@@ -153,7 +157,7 @@ impl Test {
     /// The steps of a run: for each the first position and the tokens of every sequence.
     fn steps(&self) -> Vec<(usize, usize)> {
         let chunk = match self {
-            Test::Prefill { .. } => CHUNK,
+            Test::Prefill { chunk, .. } => *chunk,
             Test::Decode { .. } => 1,
         };
         let end = self.start() + self.n_tokens();
@@ -162,11 +166,11 @@ impl Test {
 }
 
 /// Seconds of each run, after one that is not counted.
-fn measure(model: &mut impl StepModel, test: &Test, runs: usize) -> Result<Vec<f64>, CliError> {
+fn measure(model: &mut impl StepModel, test: &Test, runs: usize, chunk: usize) -> Result<Vec<f64>, CliError> {
     let mut logits = Vec::new();
-    for at in (0..test.start()).step_by(CHUNK) {
+    for at in (0..test.start()).step_by(chunk) {
         for seq in 0..test.n_sequences() {
-            let batch = batch(model, seq..seq + 1, at, CHUNK.min(test.start() - at), false);
+            let batch = batch(model, seq..seq + 1, at, chunk.min(test.start() - at), false);
             step(model, &batch, &mut logits)?;
         }
     }
@@ -186,7 +190,37 @@ fn measure(model: &mut impl StepModel, test: &Test, runs: usize) -> Result<Vec<f
 }
 
 fn step(model: &mut impl StepModel, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), CliError> {
-    model.run(batch, logits).map_err(|e| CliError::new(Exit::Transient, e))
+    let failed = |e: BackendError| CliError::new(backend_exit(&e), e);
+    let rows = vec![GREEDY; batch.logit_rows.len()];
+    if rows.is_empty() {
+        return model.run(batch, logits).map_err(failed);
+    }
+    let sampled = model.run_and_choose(batch, &rows, logits).map_err(failed)?;
+    if sampled.is_none() {
+        std::hint::black_box(greedy(logits, model.n_vocab()));
+    }
+    Ok(())
+}
+
+/// The most likely token.
+const GREEDY: SampleRow<'static> = SampleRow {
+    temperature: 0.0,
+    top_k: 0,
+    top_p: 1.0,
+    min_p: 0.0,
+    seed: 0,
+    choice: 0,
+    index: 0,
+    bias: &[],
+    forbidden: &[],
+    n_logprobs: None,
+};
+
+/// The most likely token of each row, as the engine chooses it on the host.
+fn greedy(logits: &mut [f32], n_vocab: usize) -> Vec<u32> {
+    let sampler = Sampler::new(&SamplingParams::greedy(), &[], &[]);
+    let choose = |row: &mut [f32]| sampler.choose(row, 0, RowOptions::default()).map_or(0, |chosen| chosen.token);
+    logits.par_chunks_mut(n_vocab).map(choose).collect()
 }
 
 /// Tokens `at .. at + n` of some sequences, each in blocks of its own; ids that differ from token to token.
@@ -297,11 +331,38 @@ struct Limit {
 /// What was measured of the machine.
 #[derive(Debug, Clone, serde::Serialize)]
 struct Machine {
-    device: &'static str,
-    instruction_set: &'static str,
+    device: String,
+    instruction_set: String,
     threads: usize,
     memory_read_bytes_per_s: f64,
     multiply_adds_per_s: f64,
+}
+
+impl Machine {
+    fn measure(device: &DeviceName, threads: Option<usize>) -> Result<Self, CliError> {
+        match device {
+            DeviceName::Cpu => {
+                let cpu = threads.map_or_else(CpuBackend::new, CpuBackend::with_threads);
+                Ok(Self {
+                    device: "cpu".into(),
+                    instruction_set: cpu.instruction_set().into(),
+                    threads: cpu.n_threads(),
+                    memory_read_bytes_per_s: measure_read_bandwidth(cpu.n_threads()),
+                    multiply_adds_per_s: measure_multiply_adds(cpu.n_threads()),
+                })
+            }
+            DeviceName::Gpu(uuid) => {
+                let speed = cuda::measure(uuid).map_err(|e| CliError::new(backend_exit(&e), e))?;
+                Ok(Self {
+                    device: format!("{} ({uuid})", speed.name),
+                    instruction_set: format!("sm_{}{}", speed.capability.0, speed.capability.1),
+                    threads: speed.n_sms as usize,
+                    memory_read_bytes_per_s: speed.copy_bytes_per_s,
+                    multiply_adds_per_s: speed.multiply_adds_per_s,
+                })
+            }
+        }
+    }
 }
 
 /// A test's result, in tokens per second.
@@ -349,7 +410,7 @@ struct Report {
 
 impl Report {
     fn table(&self) -> String {
-        let Machine { device, instruction_set, threads, .. } = self.machine;
+        let Machine { device, instruction_set, threads, .. } = &self.machine;
         let mut out = format!(
             "{} ({}, {:.1} MB of weights) on {device}: {threads} threads, {instruction_set}, {:.1} GB/s from memory, \
              {:.1} G multiply-adds/s\n\n{:<24}{:>10}  {:<19}{:>10}  {}\n",
@@ -389,8 +450,8 @@ mod tests {
     use super::*;
 
     const MACHINE: Machine = Machine {
-        device: "cpu",
-        instruction_set: "portable",
+        device: String::new(),
+        instruction_set: String::new(),
         threads: 1,
         memory_read_bytes_per_s: 1000.0,
         multiply_adds_per_s: 4000.0,
@@ -424,9 +485,9 @@ mod tests {
 
     #[test]
     fn prefill_runs_in_chunks_and_wants_one_row_of_logits() {
-        let test = Test::Prefill { n_tokens: 1100 };
+        let test = Test::Prefill { n_tokens: 1100, chunk: 512 };
         assert_eq!(test.steps(), [(0, 512), (512, 512), (1024, 76)]);
-        let limit = cost().limit(&Test::Prefill { n_tokens: 4 }, &MACHINE);
+        let limit = cost().limit(&Test::Prefill { n_tokens: 4, chunk: 512 }, &MACHINE);
         assert_eq!(limit.memory, 4.0 * 1000.0 / (100.0 + 80.0 + 50.0 + 2.0 * 6.0));
         // Tokens see 1 + 2 + 3 + 4 in one layer and 1 + 2 + 2 + 2 in the other.
         assert_eq!(limit.arithmetic, 4.0 * 4000.0 / (4.0 * 240.0 + 100.0 + 4.0 * 17.0));
@@ -435,7 +496,7 @@ mod tests {
     #[test]
     fn the_median_of_an_even_number_of_runs_is_between_the_middle_two() {
         let limit = Limit { memory: 1.0, arithmetic: 1.0 };
-        let test = Test::Prefill { n_tokens: 10 };
+        let test = Test::Prefill { n_tokens: 10, chunk: 512 };
         let outcome = Outcome::new(&test, vec![4.0, 1.0, 3.0, 1.0], limit);
         assert_eq!((outcome.median, outcome.slowest, outcome.fastest), (5.0, 2.5, 10.0));
         assert_eq!(Outcome::new(&test, vec![5.0, 1.0, 2.0], limit).median, 5.0);

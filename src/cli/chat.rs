@@ -12,8 +12,7 @@ use super::generate::{Generated, Job, generate};
 use super::run::{encode_chat, summary};
 use super::sampling::SamplingArgs;
 use super::{CliError, Exit, note, print};
-use crate::backend::cpu::CpuBackend;
-use crate::engine::{LlmEngine, Runner};
+use crate::engine::{BoxedModel, LlmEngine};
 use crate::text::{ChatTemplate, Message, Tokenizer};
 
 const HELP: &str = "\
@@ -24,7 +23,7 @@ Ctrl-C stops an answer. Arrow keys walk through what you wrote before.";
 
 /// A conversation and what it needs.
 pub(super) struct Chat {
-    pub(super) engine: LlmEngine<Runner<CpuBackend>>,
+    pub(super) engine: LlmEngine<BoxedModel>,
     pub(super) tokenizer: Tokenizer,
     pub(super) template: ChatTemplate,
     pub(super) sampling: SamplingArgs,

@@ -7,10 +7,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use playhouse_actors::engine::{LoadPhase, LoadProgress};
 
 use super::{CliError, Exit};
-use crate::backend::cpu::CpuBackend;
 use crate::backend::{BackendError, KvDtype};
 use crate::basho;
-use crate::engine::{LoadError, Runner, RunnerLimits};
+use crate::engine::{BoxedModel, DeviceError, DeviceName, DeviceOptions, LoadError, RunnerLimits, load_model};
 use crate::gguf::GgufFile;
 use crate::models::{ModelSpec, describe};
 use crate::text::{ChatTemplate, Tokenizer};
@@ -21,7 +20,7 @@ pub(crate) struct ModelArgs {
     /// The GGUF file; of a split one, the first part [default: basho, the embedded model]
     #[arg(long, short, value_name = "FILE")]
     pub(crate) model: Option<PathBuf>,
-    /// Where to run: `cpu`, or `auto` for the best there is
+    /// Where to run: `cpu`, `gpu`, `cuda:N`, a GPU's UUID, or `auto` for the best there is
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
     /// Most tokens of prompt and answer together [default: what the model was made for, at most 4096]
@@ -44,16 +43,20 @@ pub(crate) struct LoadedModel {
     /// How a conversation becomes a prompt; base models have none.
     pub(crate) template: Option<ChatTemplate>,
     /// The resident model.
-    pub(crate) runner: Runner<CpuBackend>,
+    pub(crate) runner: BoxedModel,
+    /// Its description.
+    pub(crate) spec: ModelSpec,
+    /// Where it is.
+    pub(crate) device: DeviceName,
     /// How long it took.
     pub(crate) load_time: Duration,
 }
 
 /// Room for `n_sequences` sequences at once. Memory is taken for four of full length at most: choices share their prompt, and
 /// where blocks run out the youngest waits for the others.
-pub(crate) fn limits_for(n_ctx: usize, n_sequences: usize) -> RunnerLimits {
-    let limits = RunnerLimits::new(n_ctx, n_sequences, KvDtype::F32);
-    RunnerLimits { n_kv_blocks: RunnerLimits::new(n_ctx, n_sequences.min(4), KvDtype::F32).n_kv_blocks, ..limits }
+pub(crate) fn limits_for(n_ctx: usize, n_sequences: usize, kv: KvDtype) -> RunnerLimits {
+    let limits = RunnerLimits::new(n_ctx, n_sequences, kv);
+    RunnerLimits { n_kv_blocks: RunnerLimits::new(n_ctx, n_sequences.min(4), kv).n_kv_blocks, ..limits }
 }
 
 /// The context where neither the user nor the model asks for less: more costs memory whether it is used or not.
@@ -82,24 +85,39 @@ impl ModelArgs {
         })
     }
 
-    /// Loads the model, with a bar on stderr if that is a terminal. `limits` gets the context and says what else the
-    /// model must be able to take; all of it is allocated here.
+    /// Loads the model, with a bar on stderr if that is a terminal. `limits` gets the context and the device's way to store keys
+    /// and values, and says what else the model must be able to take; all of it is allocated here.
     ///
     /// # Errors
     /// With the exit code that the cause deserves: 2, 65, 66, 69 or 75.
-    pub(crate) fn load(&self, limits: impl FnOnce(usize) -> RunnerLimits) -> Result<LoadedModel, CliError> {
+    pub(crate) fn load(&self, limits: impl FnOnce(usize, KvDtype) -> RunnerLimits) -> Result<LoadedModel, CliError> {
         let start = Instant::now();
-        let backend = self.backend()?;
+        let device = self.device()?;
         let file = self.open()?;
         let spec = describe(&file).map_err(LoadError::from)?;
         let tokenizer = self.tokenizer(&file)?;
         check_vocabulary(&file, &tokenizer, &spec)?;
         let template = ChatTemplate::from_gguf(&file, &tokenizer).map_err(|e| CliError::new(Exit::BadModel, e))?;
-        let limits = limits(self.n_ctx(&spec)?);
+        let limits = limits(self.n_ctx(&spec)?, device.default_kv());
         let bar = Bar::new();
-        let runner = Runner::load(&file, backend, limits, &mut |progress| bar.show(&progress))?;
+        let options = DeviceOptions { n_threads: self.threads.map(usize::from), ..DeviceOptions::default() };
+        let runner = load_model(&file, &device, options, limits, &mut |progress| bar.show(&progress))?;
         bar.clear();
-        Ok(LoadedModel { file, tokenizer, template, runner, load_time: start.elapsed() })
+        Ok(LoadedModel { file, tokenizer, template, runner, spec, device, load_time: start.elapsed() })
+    }
+
+    /// The device that the flags name.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub(crate) fn device(&self) -> Result<DeviceName, CliError> {
+        DeviceName::find(&self.device).map_err(|error| {
+            let exit = match error {
+                DeviceError::Unknown { .. } => Exit::Usage,
+                DeviceError::NoGpu { .. } => Exit::NoDevice,
+            };
+            CliError::new(exit, error)
+        })
     }
 
     fn n_ctx(&self, spec: &ModelSpec) -> Result<usize, CliError> {
@@ -112,24 +130,6 @@ impl ModelArgs {
             ))),
         }
     }
-
-    fn backend(&self) -> Result<CpuBackend, CliError> {
-        match self.device.as_str() {
-            "cpu" | "auto" => {}
-            device => return Err(CliError::new(Exit::NoDevice, NoGpu { device: device.to_owned() })),
-        }
-        Ok(self.threads.map_or_else(CpuBackend::new, |n_threads| CpuBackend::with_threads(n_threads.into())))
-    }
-}
-
-/// A GPU was asked for by name and there is none to give.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "no usable GPU for --device {device}: this build of playhouse has no GPU backend; expected `cpu` or `auto`, \
-     which run the model on the CPU"
-)]
-struct NoGpu {
-    device: String,
 }
 
 fn check_vocabulary(file: &GgufFile, tokenizer: &Tokenizer, spec: &ModelSpec) -> Result<(), CliError> {

@@ -27,6 +27,7 @@ mod drain;
 mod restart;
 mod events;
 mod check;
+mod devices;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -93,6 +94,8 @@ commands! {
     Events => events,
     /// Judge a configuration file without starting anything
     Check => check,
+    /// List the GPUs of this box
+    Devices => devices,
 }
 
 /// Runs language models from GGUF files. The same request with the same seed gives the same bytes.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use super::load::{LoadedModel, ModelArgs};
 use super::{CliError, Exit, RunCommand};
-use crate::backend::{BLOCK_TOKENS, Batch, KvDtype, SeqSpan};
+use crate::backend::{BLOCK_TOKENS, Batch, SeqSpan};
 use crate::engine::{RunnerLimits, StepModel, kv_blocks};
 use crate::text::EncodeOptions;
 
@@ -39,14 +39,14 @@ impl RunCommand for Args {
         let text = String::from_utf8(bytes)
             .map_err(|e| CliError::usage(format!("{}: expected UTF-8, {e}", self.text.display())))?;
         let asked = self.model.ctx;
-        let mut model = self.model.load(|n_ctx| {
+        let mut model = self.model.load(|n_ctx, kv_dtype| {
             let n_ctx = asked.unwrap_or(WINDOW.min(n_ctx));
             RunnerLimits {
                 n_ctx,
                 max_batch_tokens: CHUNK.min(n_ctx),
                 max_logit_rows: ROWS,
                 n_kv_blocks: kv_blocks(n_ctx, 1),
-                kv_dtype: KvDtype::F32,
+                kv_dtype,
             }
         })?;
         let score = score_text(&mut model, &text)?;

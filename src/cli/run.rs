@@ -51,7 +51,7 @@ impl RunCommand for Args {
             return self.converse();
         }
         let prompt = self.read_prompt()?;
-        let loaded = self.model.load(|n_ctx| limits_for(n_ctx, self.n as usize))?;
+        let loaded = self.model.load(|n_ctx, kv| limits_for(n_ctx, self.n as usize, kv))?;
         let LoadedModel { tokenizer, template, runner, load_time, .. } = loaded;
         let seed = self.sampling.seed();
         let ids = self.encode(&prompt, &tokenizer, template.as_ref())?;
@@ -114,7 +114,7 @@ impl Args {
     }
 
     fn converse(self) -> Result<(), CliError> {
-        let loaded = self.model.load(|n_ctx| limits_for(n_ctx, 1))?;
+        let loaded = self.model.load(|n_ctx, kv| limits_for(n_ctx, 1, kv))?;
         let Some(template) = loaded.template else {
             return Err(CliError::usage(format!("--chat needs a chat template; {} has none", loaded.file.label())));
         };

@@ -1,14 +1,20 @@
 //! `playhouse serve`: open the house of a configuration and run it until it is told to stop.
 
 use super::{CliError, Exit, RunCommand, print};
+use crate::host::front::HouseControl;
 use crate::host::service::{Ending, run};
 use crate::host::{OpenError, Parts, Playhouse, telemetry};
+use crate::http::{self, BuildInfo, Front, HttpSettings};
 use playhouse_actors::inventory::Device;
 use playhouse_actors::policy::placement::Plan;
 use playhouse_config::units::Bytes;
 use playhouse_config::{Config, Overrides};
 use std::fmt::Write;
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
 /// The flags of `serve`.
 #[derive(Debug, clap::Args)]
@@ -25,6 +31,9 @@ pub(crate) struct Args {
     /// Lines for people, or JSON for machines
     #[arg(long, value_name = "FORMAT", value_parser = ["text", "json"])]
     log: Option<String>,
+    /// Serve on an address that other machines can reach without keys or TLS
+    #[arg(long)]
+    insecure: bool,
     /// How long streams may finish after a stop, such as 30s
     #[arg(long, value_name = "DURATION")]
     drain: Option<String>,
@@ -61,14 +70,40 @@ impl RunCommand for Args {
         telemetry::start(config.host.log).map_err(CliError::usage)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
         let runtime = runtime.map_err(|error| CliError::new(Exit::Transient, error))?;
-        runtime.block_on(serve(config, overrides))
+        runtime.block_on(serve(config, overrides, self.insecure))
     }
 }
 
-async fn serve(config: Config, overrides: Overrides) -> Result<(), CliError> {
+async fn bind(address: SocketAddr) -> Result<TcpListener, CliError> {
+    let failed = |error| CliError::new(Exit::Transient, format!("cannot listen on {address}: {error}"));
+    TcpListener::bind(address).await.map_err(failed)
+}
+
+async fn serve(config: Config, overrides: Overrides, insecure: bool) -> Result<(), CliError> {
+    let settings = HttpSettings { insecure, ..HttpSettings::from(&config.host) };
+    // First of all: an address that is taken is found before anything is loaded.
+    let listener = bind(config.host.address).await?;
+    let address = listener.local_addr().map_err(|error| CliError::new(Exit::Transient, error))?;
     let house = Playhouse::open_with(config, Parts { overrides, ..Parts::default() }).await?;
-    print(&welcome(&house.devices().await, &house.plan()))?;
-    let ending = run(house, || ()).await.map_err(|error| CliError::new(Exit::Transient, error))?;
+    print(&welcome(&house.devices().await, &house.plan(), address))?;
+    let control = Arc::new(HouseControl::new(house.clone()));
+    let build = BuildInfo { version: env!("CARGO_PKG_VERSION").to_owned(), commit: None };
+    let front = Front { client: house.client().clone(), control, settings, build };
+    let stop = CancellationToken::new();
+    let mut serving = tokio::spawn(http::serve(front, listener, stop.clone()));
+    let ending = tokio::select! {
+        ending = run(house.clone()) => ending.map_err(|error| CliError::new(Exit::Transient, error))?,
+        served = &mut serving => {
+            house.stop().await;
+            return match served {
+                Ok(Err(error)) => Err(CliError::new(Exit::BadConfig, error)),
+                Ok(Ok(())) | Err(_) => Err(CliError::new(Exit::Software, "the HTTP front ended")),
+            };
+        }
+    };
+    // Streams have had their ends; what is left is writing them out.
+    stop.cancel();
+    let _ = serving.await;
     match ending {
         Ending::Asked => Ok(()),
         Ending::GaveUp(reason) => Err(CliError::new(Exit::Software, format!("the supervisor gave up: {reason}"))),
@@ -76,7 +111,7 @@ async fn serve(config: Config, overrides: Overrides) -> Result<(), CliError> {
 }
 
 /// The devices found and what goes where.
-fn welcome(devices: &[Device], plan: &Plan) -> String {
+fn welcome(devices: &[Device], plan: &Plan, address: SocketAddr) -> String {
     let mut text = String::new();
     if devices.is_empty() {
         text.push_str("no GPU found; models run on the CPU\n");
@@ -94,6 +129,11 @@ fn welcome(devices: &[Device], plan: &Plan) -> String {
             Bytes(placement.weights_bytes),
             Bytes(placement.kv_bytes)
         );
+    }
+    let _ = writeln!(text, "http://{address}");
+    if let Some((_, placement)) = plan.placements().next() {
+        let body = format!(r#"{{"model": "{}", "prompt": "autumn moon", "max_tokens": 64}}"#, placement.model);
+        let _ = writeln!(text, "curl http://{address}/v1/completions -H 'content-type: application/json' -d '{body}'");
     }
     text
 }

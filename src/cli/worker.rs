@@ -1,7 +1,7 @@
-//! `playhouse worker`: one replica's engine, started by the host over a socket. Not for people, and hidden from them.
+//! `playhouse worker`: one replica's engine, started by the host over a socket. Not for people, and hidden from them: a
+//! worker never comes here, `main` turns it into one before any command line is read.
 
 use super::{CliError, RunCommand};
-use crate::worker;
 
 /// A worker has no flags: the host's first frame says everything.
 #[derive(Debug, clap::Args)]
@@ -9,7 +9,6 @@ pub(crate) struct Args {}
 
 impl RunCommand for Args {
     fn run(self) -> Result<(), CliError> {
-        worker::run_if_worker();
         Err(CliError::usage(
             "`playhouse worker` is started by `playhouse serve`, over a socket; there is nothing to type",
         ))

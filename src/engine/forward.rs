@@ -1,7 +1,9 @@
 //! The one interpreter of model descriptions: calls a backend's ops in order, once per step, for every architecture.
 
 use super::weights::{Resident, WeightId};
-use crate::backend::{AttentionOp, Backend, BackendError, Batch, GatedOp, HeadOp, Linear, MoeOp, Norm, QkvOp, Rope};
+use crate::backend::{
+    AttentionOp, Backend, BackendError, Batch, Begun, GatedOp, HeadOp, Linear, MoeOp, Norm, QkvOp, Rope,
+};
 use crate::models::spec;
 
 /// The activation buffers of a step, reused by every layer.
@@ -48,6 +50,11 @@ impl<B: Backend> Activations<B> {
     pub fn logits(&self) -> &B::Tensor {
         &self.logits
     }
+
+    /// The same, to choose tokens from.
+    pub fn logits_mut(&mut self) -> &mut B::Tensor {
+        &mut self.logits
+    }
 }
 
 /// Elements of [`Activations`] per token, and per row of logits.
@@ -83,9 +90,29 @@ pub fn forward<B: Backend>(
     batch: &Batch,
     probe: Option<Probe<'_>>,
 ) -> Result<(), BackendError> {
+    if probe.is_some() {
+        // Who looks at a step waits in the middle of it: it cannot be recorded.
+        backend.begin(batch)?;
+        return call_ops(backend, resident, act, batch, probe);
+    }
+    match backend.begin_recorded(batch)? {
+        Begun::Replayed => Ok(()),
+        Begun::Call => {
+            call_ops(backend, resident, act, batch, None)?;
+            backend.end()
+        }
+    }
+}
+
+fn call_ops<B: Backend>(
+    backend: &mut B,
+    resident: &Resident<B>,
+    act: &mut Activations<B>,
+    batch: &Batch,
+    probe: Option<Probe<'_>>,
+) -> Result<(), BackendError> {
     let model = &resident.model;
     let mut step = Step { backend, resident, look: Look { probe, n_tokens: batch.tokens.len(), values: Vec::new() } };
-    step.backend.begin(batch)?;
     step.backend.embed(resident.weight(model.embedding), model.embedding_scale, &mut act.x);
     step.look.at(step.backend, "embedding", None, model.hidden_dim, &act.x)?;
     for (i, layer) in model.layers.iter().enumerate() {

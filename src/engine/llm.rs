@@ -5,7 +5,7 @@ use super::sampler::{Chosen, RowOptions, SampleError, Sampler, TokenMask};
 use super::scheduler::{Ended, Outcome, Scheduler, SchedulerLimits, StepPlan, Work};
 use super::validate::validate;
 use super::{StepModel, batch};
-use crate::backend::{BackendError, Batch};
+use crate::backend::{BackendError, Batch, SampleRow};
 use playhouse_actors::engine::{
     Engine, EngineError, EngineEvent, EngineRequest, EngineStats, RequestError, RequestId, StepReport, Task,
 };
@@ -119,30 +119,49 @@ impl<M: StepModel> LlmEngine<M> {
         self.scheduler.drop_prefix_cache()
     }
 
-    /// Chooses the next token of every sequence whose logits were computed, each on its own.
-    fn choose(&mut self, works: &[Work]) -> Vec<Settled> {
-        let masks = self.masks(works);
-        let rows = self.logits.par_chunks_mut(self.model.n_vocab());
+    /// Runs the step and chooses the next token of every sequence whose logits it computed, each on its own: on the device if
+    /// it can, for all or for none.
+    fn run_and_choose(&mut self, plan: &StepPlan) -> Result<Vec<(Work, Settled)>, BackendError> {
+        let works: Vec<Work> = plan.work.iter().copied().filter(|work| work.chooses).collect();
+        let masks = self.masks(&works);
         let (scheduler, samplers) = (&self.scheduler, &self.samplers);
-        let choose_row = |((work, mask), row): ((&Work, Mask), &mut [f32])| {
+        let of = |work: &Work| {
             let sequence = scheduler.sequence(work.key);
             let request = sequence.request();
+            let options = RowOptions { forbidden: sequence.forbidden(), mask: None, n_logprobs: request.logprobs };
+            (request, &samplers[&request.id], index_of(sequence.n_emitted()), options)
+        };
+        let on_device = |(work, mask): (&Work, &Mask)| {
+            let (request, sampler, index, options) = of(work);
+            let is_plain = request.task == Task::Generate && mask.is_none();
+            is_plain.then(|| sampler.on_device(index, options)).flatten()
+        };
+        let rows: Option<Vec<SampleRow<'_>>> = works.iter().zip(&masks).map(on_device).collect();
+        let sampled = match rows.filter(|rows| !rows.is_empty()) {
+            Some(rows) => self.model.run_and_choose(&self.batch, &rows, &mut self.logits)?,
+            None => self.model.run(&self.batch, &mut self.logits).map(|()| None)?,
+        };
+        if let Some(sampled) = sampled {
+            let settled =
+                works.iter().zip(sampled).map(|(work, sampled)| settled(Chosen::on_device(sampled), of(work).2));
+            let settled: Vec<Settled> = settled.collect();
+            return Ok(works.into_iter().zip(settled).collect());
+        }
+        let rows = self.logits.par_chunks_mut(self.model.n_vocab());
+        let choose_row = |((work, mask), row): ((&Work, Mask), &mut [f32])| {
+            let (request, sampler, index, options) = of(work);
             if request.task == Task::Embed {
-                return Settled::Embedded;
+                return (*work, Settled::Embedded);
             }
-            let mask = match mask.transpose() {
-                Ok(mask) => mask,
-                Err(error) => return Settled::Failed(error),
-            };
-            let index = index_of(sequence.n_emitted());
-            let (forbidden, n_logprobs) = (sequence.forbidden(), request.logprobs);
-            let options = RowOptions { forbidden, mask: mask.as_ref(), n_logprobs };
-            match samplers[&request.id].choose(row, index, options) {
-                Ok(chosen) => Settled::Chosen(chosen),
-                Err(error) => Settled::Failed(request_error(error, index)),
+            match mask.transpose() {
+                Ok(mask) => {
+                    let options = RowOptions { mask: mask.as_ref(), ..options };
+                    (*work, settled(sampler.choose(row, index, options), index))
+                }
+                Err(error) => (*work, Settled::Failed(error)),
             }
         };
-        works.par_iter().zip(masks).zip(rows).map(choose_row).collect()
+        Ok(works.par_iter().zip(masks).zip(rows).map(choose_row).collect())
     }
 
     /// What may follow in each of `works` that is held to a form.
@@ -177,11 +196,16 @@ impl<M: StepModel> LlmEngine<M> {
     }
 
     /// Turns the choices into events and hands them to the scheduler.
-    fn settle(&mut self, plan: &StepPlan, events: &mut Vec<EngineEvent>) -> Result<(), BackendError> {
-        let works: Vec<Work> = plan.work.iter().copied().filter(|work| work.chooses).collect();
+    fn settle(
+        &mut self,
+        plan: &StepPlan,
+        choices: Vec<(Work, Settled)>,
+        events: &mut Vec<EngineEvent>,
+    ) -> Result<(), BackendError> {
+        let works: Vec<Work> = choices.iter().map(|(work, _)| *work).collect();
         let mut hidden = self.embed(&works)?.into_iter();
         let mut outcomes = Vec::new();
-        for (work, chosen) in works.iter().zip(self.choose(&works)) {
+        for (work, chosen) in choices {
             let sequence = self.scheduler.sequence(work.key);
             let (id, index) = (sequence.request().id, index_of(sequence.n_emitted()));
             let chosen = match (chosen, self.constrained.get_mut(&id)) {
@@ -272,9 +296,9 @@ impl<M: StepModel> Engine for LlmEngine<M> {
             return Ok(StepReport { n_preempted: plan.n_preempted, busy, ..StepReport::default() });
         }
         batch::fill(&mut self.batch, &plan, &self.scheduler);
-        self.model.run(&self.batch, &mut self.logits).map_err(engine_error)?;
+        let choices = self.run_and_choose(&plan).map_err(engine_error)?;
         let report = self.count(&plan);
-        self.settle(&plan, events).map_err(engine_error)?;
+        self.settle(&plan, choices, events).map_err(engine_error)?;
         Ok(StepReport { busy: self.scheduler.is_busy(), ..report })
     }
 
@@ -308,6 +332,13 @@ impl<M: StepModel> Engine for LlmEngine<M> {
 
 fn index_of(n: usize) -> u32 {
     u32::try_from(n).expect("tokens and blocks are counted in 32 bits")
+}
+
+fn settled(choice: Result<Chosen, SampleError>, index: u32) -> Settled {
+    match choice {
+        Ok(chosen) => Settled::Chosen(chosen),
+        Err(error) => Settled::Failed(request_error(error, index)),
+    }
 }
 
 fn request_error(error: SampleError, index: u32) -> RequestError {

@@ -4,6 +4,7 @@ mod step_model;
 pub mod weights;
 pub mod forward;
 mod runner;
+pub mod device;
 mod vram;
 mod adapter;
 mod llm;
@@ -17,6 +18,7 @@ mod validate;
 
 pub use adapter::{Adapter, AdapterError, Generation, SequenceId};
 pub use constrain::{Constrain, Constrainer};
+pub use device::{BoxedModel, DeviceError, DeviceName, DeviceOptions, gpu_memory, load_model};
 pub use llm::{EngineOptions, LlmEngine, engine_error};
 pub use runner::{LoadError, Runner, RunnerLimits};
 pub use sampler::TokenMask;

@@ -2,9 +2,9 @@
 
 use super::forward::{Activations, Probe, forward};
 use super::vram::{kv_blocks, kv_layout};
-use super::weights::{Resident, resident_bytes};
+use super::weights::{Resident, model_shape, resident_bytes};
 use super::{StepCapacity, StepModel, engine_error};
-use crate::backend::{Backend, BackendError, Batch, KvDtype, MemoryUse};
+use crate::backend::{Backend, BackendError, Batch, KvDtype, MemoryUse, SampleRow, Sampled};
 use crate::gguf::GgufFile;
 use crate::models::{ModelError, ModelSpec, describe};
 use playhouse_actors::engine::{EngineError, LoadPhase, LoadProgress};
@@ -97,6 +97,7 @@ impl<B: Backend> Runner<B> {
         let total = resident_bytes(&spec, limits.n_ctx);
         report(LoadPhase::Weights, 0, total);
         let mut weights_done = |done| report(LoadPhase::Weights, done, total);
+        backend.reserve(&model_shape(file, &spec, &limits)?)?;
         let resident = Resident::load(file, &spec, limits.n_ctx, &mut backend, &mut weights_done)?;
 
         report(LoadPhase::Allocate, total, total);
@@ -166,6 +167,21 @@ impl<B: Backend> StepModel for Runner<B> {
             hidden.extend(rms_norm(row, &self.resident.output_norm, self.spec.output_norm.eps));
         }
         Ok(())
+    }
+
+    fn run_and_choose(
+        &mut self,
+        batch: &Batch,
+        rows: &[SampleRow<'_>],
+        logits: &mut Vec<f32>,
+    ) -> Result<Option<Vec<Sampled>>, BackendError> {
+        forward(&mut self.backend, &self.resident, &mut self.activations, batch, None)?;
+        let sampled = self.backend.choose(self.activations.logits_mut(), rows)?;
+        if sampled.is_none() {
+            logits.resize(batch.logit_rows.len() * self.spec.n_vocab, 0.0);
+            self.backend.read(self.activations.logits(), logits)?;
+        }
+        Ok(sampled)
     }
 
     fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), BackendError> {

@@ -1,6 +1,6 @@
 //! What the engine asks of a resident model: run one batch, give logits. The engine's only view of weights and devices.
 
-use crate::backend::{BackendError, Batch, MemoryUse};
+use crate::backend::{BackendError, Batch, MemoryUse, SampleRow, Sampled};
 
 /// How much a resident model can take in one step. Fixed when it was loaded; the engine never exceeds it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +47,21 @@ pub trait StepModel {
     /// [`BackendError::Device`].
     fn hidden(&mut self, rows: &[u32], hidden: &mut Vec<f32>) -> Result<(), BackendError>;
 
+    /// Runs one step and chooses a token from each row of logits, as [`super::sampler`] defines it, where the model can do that
+    /// without giving the logits away. `None` where it cannot: then `logits` is as after [`StepModel::run`].
+    ///
+    /// # Errors
+    /// As [`StepModel::run`].
+    fn run_and_choose(
+        &mut self,
+        batch: &Batch,
+        _rows: &[SampleRow<'_>],
+        logits: &mut Vec<f32>,
+    ) -> Result<Option<Vec<Sampled>>, BackendError> {
+        self.run(batch, logits)?;
+        Ok(None)
+    }
+
     /// Copies whole KV blocks (`from`, `to`) in every layer, before the next step.
     ///
     /// # Errors
@@ -76,6 +91,15 @@ impl<M: StepModel + ?Sized> StepModel for Box<M> {
 
     fn hidden(&mut self, rows: &[u32], hidden: &mut Vec<f32>) -> Result<(), BackendError> {
         (**self).hidden(rows, hidden)
+    }
+
+    fn run_and_choose(
+        &mut self,
+        batch: &Batch,
+        rows: &[SampleRow<'_>],
+        logits: &mut Vec<f32>,
+    ) -> Result<Option<Vec<Sampled>>, BackendError> {
+        (**self).run_and_choose(batch, rows, logits)
     }
 
     fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), BackendError> {

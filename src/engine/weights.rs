@@ -1,12 +1,14 @@
 //! From a description and a file to resident weights: one upload per tensor or slice, in the order of the file.
 
-use super::LoadError;
-use crate::backend::{Backend, WeightSource};
+use super::vram::kv_layout;
+use super::{LoadError, RunnerLimits};
+use crate::backend::{Backend, Join, ModelShape, WeightGroup, WeightShape, WeightSource, WeightUse};
 use crate::dtype::DType;
 use crate::gguf::{GgufFile, TensorBytes, TensorInfo};
-use crate::models::spec::{Model, ModelSpec, RopeSpec, TensorRule};
+use crate::models::spec::{Ffn, Model, ModelSpec, RopeSpec, TensorRule};
 use crate::models::{ModelError, rope};
-use std::collections::HashMap;
+use indexmap::IndexMap;
+use std::collections::{HashMap, HashSet};
 
 /// Index of a resident weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +59,112 @@ pub fn resident_bytes(spec: &ModelSpec, n_ctx: usize) -> u64 {
     spec.ropes.iter().map(table_bytes).fold(spec.weight_bytes, u64::saturating_add)
 }
 
+/// Weights that become resident by one call.
+struct Group {
+    rules: Vec<TensorRule>,
+    uses: WeightUse,
+    join: Join,
+}
+
+/// Every weight of a model once, those that one op uses together in one group, in the order of the file.
+fn groups(file: &GgufFile, spec: &ModelSpec) -> Vec<Group> {
+    let mut uses: IndexMap<TensorRule, WeightUse> = IndexMap::new();
+    uses.extend(spec.tensors().iter().map(|rule| (rule.owner(), WeightUse::default())));
+    let mut want = |rule: &TensorRule, what: WeightUse| {
+        let known = uses.get_mut(&rule.owner()).expect("the rule is one of the model's");
+        *known = known.and(what);
+    };
+    want(&spec.embedding, WeightUse::ROWS);
+    products(spec).into_iter().for_each(|rule| want(rule, WeightUse::PRODUCT));
+    // All others are read element by element.
+    uses.values_mut().filter(|u| **u == WeightUse::default()).for_each(|u| *u = WeightUse::VALUES);
+
+    let mut groups = Vec::new();
+    for (rules, join) in joins(spec) {
+        let rules: Vec<TensorRule> = rules.into_iter().map(TensorRule::owner).collect();
+        let Some(first) = uses.get(&rules[0]).copied() else { continue };
+        let distinct = rules.iter().collect::<HashSet<_>>().len() == rules.len();
+        if distinct && rules.iter().all(|rule| uses.get(rule) == Some(&first)) {
+            uses.retain(|rule, _| !rules.contains(rule));
+            groups.push(Group { rules, uses: first, join });
+        }
+    }
+    groups.extend(uses.into_iter().map(|(rule, uses)| Group { rules: vec![rule], uses, join: Join::Stacked }));
+    // A disk likes to be read in order.
+    groups.sort_by_cached_key(|group| place(file, &group.rules[0]));
+    groups
+}
+
+/// The weights that are multiplied by activations.
+fn products(spec: &ModelSpec) -> Vec<&TensorRule> {
+    let mut all = vec![&spec.output.weight];
+    for layer in &spec.layers {
+        let a = &layer.attention;
+        all.extend([&a.q, &a.k, &a.v, &a.output].map(|linear| &linear.weight));
+        match &layer.ffn {
+            Ffn::Gated { gate, up, down, .. } => all.extend([gate, up, down].map(|linear| &linear.weight)),
+            Ffn::Moe { router, gate, up, down, .. } => {
+                all.extend([router, gate, up, down].map(|linear| &linear.weight));
+            }
+        }
+    }
+    all
+}
+
+/// The weights that one op uses together.
+fn joins(spec: &ModelSpec) -> Vec<(Vec<&TensorRule>, Join)> {
+    let mut all = Vec::new();
+    for layer in &spec.layers {
+        let a = &layer.attention;
+        all.push((vec![&a.q.weight, &a.k.weight, &a.v.weight], Join::Stacked));
+        let biases: Option<Vec<&TensorRule>> = [&a.q, &a.k, &a.v].into_iter().map(|l| l.bias.as_ref()).collect();
+        all.extend(biases.map(|biases| (biases, Join::Stacked)));
+        let (Ffn::Gated { gate, up, .. } | Ffn::Moe { gate, up, .. }) = &layer.ffn;
+        all.push((vec![&gate.weight, &up.weight], Join::Gated));
+    }
+    all
+}
+
+fn place(file: &GgufFile, rule: &TensorRule) -> (usize, u64, usize) {
+    let (shard, offset) = file.tensor(rule.name()).map_or((0, 0), |info| (info.shard_idx(), info.offset()));
+    (shard, offset, first_row(rule))
+}
+
+/// What a backend is told before the weights of a model come.
+///
+/// # Errors
+/// A tensor is not in the file.
+pub fn model_shape(file: &GgufFile, spec: &ModelSpec, limits: &RunnerLimits) -> Result<ModelShape, LoadError> {
+    let shape_of = |rule: &TensorRule, uses| -> Result<WeightShape, LoadError> {
+        let (n_mats, n_rows, n_cols) = rule.shape().mats_rows_cols();
+        let dtype = file.require(rule.name()).map_err(ModelError::from)?.dtype;
+        Ok(WeightShape { dtype, n_mats, n_rows, n_cols, uses })
+    };
+    let mut shapes = Vec::new();
+    for Group { rules, uses, join } in groups(file, spec) {
+        let weights = rules.iter().map(|rule| shape_of(rule, uses)).collect::<Result<_, _>>()?;
+        shapes.push(WeightGroup { weights, join });
+    }
+    for rope in &spec.ropes {
+        let uses = WeightUse::VALUES;
+        let table = WeightShape { dtype: DType::F32, n_mats: 1, n_rows: limits.n_ctx, n_cols: rope.n_rot, uses };
+        shapes.push(WeightGroup { weights: vec![table], join: Join::Stacked });
+    }
+    Ok(ModelShape {
+        groups: shapes,
+        hidden_dim: spec.hidden_dim,
+        ffn_dim: spec.ffn_dim,
+        has_gated: spec.has_gated(),
+        moe: spec.moe(),
+        heads: spec.heads,
+        n_vocab: spec.n_vocab,
+        n_ctx: limits.n_ctx,
+        max_tokens: limits.max_batch_tokens,
+        max_logit_rows: limits.max_logit_rows,
+        kv: kv_layout(spec, limits),
+    })
+}
+
 struct Loader<'a, B: Backend> {
     file: &'a GgufFile,
     backend: &'a mut B,
@@ -68,42 +176,49 @@ struct Loader<'a, B: Backend> {
 impl<B: Backend> Loader<'_, B> {
     /// Uploads every tensor and slice once.
     fn tensors(&mut self, spec: &ModelSpec) -> Result<HashMap<TensorRule, WeightId>, LoadError> {
-        let mut rules: Vec<TensorRule> = spec.tensors().iter().map(TensorRule::owner).collect();
-        rules.sort_by_cached_key(|rule| self.place(rule));
-        rules.dedup();
-        let mut ids = HashMap::with_capacity(rules.len());
-        for rule in rules {
-            let id = self.tensor(&rule)?;
-            ids.insert(rule, id);
+        let mut ids = HashMap::new();
+        for group in groups(self.file, spec) {
+            let first = self.weights.len();
+            self.group(&group)?;
+            ids.extend(group.rules.into_iter().zip((first..).map(WeightId)));
         }
         Ok(ids)
     }
 
-    /// Where in the file a rule's bytes are: a disk likes to be read in order.
-    fn place(&self, rule: &TensorRule) -> (usize, u64, usize) {
-        let (shard, offset) = self.file.tensor(rule.name()).map_or((0, 0), |info| (info.shard_idx(), info.offset()));
-        (shard, offset, first_row(rule))
-    }
-
-    fn tensor(&mut self, rule: &TensorRule) -> Result<WeightId, LoadError> {
-        let (info, bytes) = tensor_bytes(self.file, rule)?;
-        let (n_mats, n_rows, n_cols) = rule.shape().mats_rows_cols();
-        self.upload(WeightSource { name: &info.name, dtype: info.dtype, n_mats, n_rows, n_cols, bytes })
+    fn group(&mut self, group: &Group) -> Result<(), LoadError> {
+        let mut sources = Vec::with_capacity(group.rules.len());
+        for rule in &group.rules {
+            let (info, bytes) = tensor_bytes(self.file, rule)?;
+            let (n_mats, n_rows, n_cols) = rule.shape().mats_rows_cols();
+            let (name, dtype, uses) = (info.name.as_str(), info.dtype, group.uses);
+            sources.push(WeightSource { name, dtype, n_mats, n_rows, n_cols, bytes, uses });
+        }
+        self.upload(sources, group.join)
     }
 
     fn rope_table(&mut self, rope: &RopeSpec, n_ctx: usize) -> Result<WeightId, LoadError> {
         let table = rope::table(rope, n_ctx, |rule| f32s(self.file, rule))?;
         let bytes = TensorBytes::from_vec(bytemuck::cast_slice(&table).to_vec());
-        let name = "rope table";
-        self.upload(WeightSource { name, dtype: DType::F32, n_mats: 1, n_rows: n_ctx, n_cols: rope.n_rot, bytes })
+        let (name, uses) = ("rope table", WeightUse::VALUES);
+        let n_cols = rope.n_rot;
+        let source = WeightSource { name, dtype: DType::F32, n_mats: 1, n_rows: n_ctx, n_cols, bytes, uses };
+        self.upload(vec![source], Join::Stacked)?;
+        Ok(WeightId(self.weights.len() - 1))
     }
 
-    fn upload(&mut self, source: WeightSource<'_>) -> Result<WeightId, LoadError> {
-        let n_bytes = source.bytes.len() as u64;
-        self.weights.push(self.backend.weight(source)?);
+    fn upload(&mut self, mut sources: Vec<WeightSource<'_>>, join: Join) -> Result<(), LoadError> {
+        let n_bytes: u64 = sources.iter().map(|source| source.bytes.len() as u64).sum();
+        match sources.pop() {
+            Some(only) if sources.is_empty() => self.weights.push(self.backend.weight(only)?),
+            Some(last) => {
+                sources.push(last);
+                self.weights.extend(self.backend.joined(sources, join)?);
+            }
+            None => {}
+        }
         self.n_bytes += n_bytes;
         (self.progress)(self.n_bytes);
-        Ok(WeightId(self.weights.len() - 1))
+        Ok(())
     }
 }
 

@@ -16,7 +16,7 @@ pub enum PlanError {
         /// Its file.
         source_of: String,
         /// Why not.
-        source: CardError,
+        source: Box<CardError>,
     },
     /// A model's settings do not suit its file.
     #[error("model `{model}`: {why}")]

@@ -10,6 +10,7 @@
 
 pub mod admin;
 mod error;
+pub mod front;
 pub mod notify;
 pub mod nvml;
 pub mod planning;
@@ -33,6 +34,7 @@ use playhouse_actors::policy::placement::Plan;
 use playhouse_actors::sim::SimInventory;
 use playhouse_actors::{HouseArgs, HouseHandle, Refusal};
 use playhouse_config::{Config, Overrides, PciBusId};
+use std::collections::BTreeSet;
 use std::hash::{BuildHasher, Hasher};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -76,8 +78,24 @@ struct Shared {
 
 #[derive(Clone)]
 struct Now {
+    /// As it was read.
     config: Config,
+    /// Models that were put out by hand and stay out until they are asked for again.
+    unwanted: BTreeSet<String>,
     plan: Plan,
+}
+
+impl Now {
+    /// The configuration as it is to run.
+    fn wanted(&self) -> Config {
+        without(&self.config, &self.unwanted)
+    }
+}
+
+fn without(config: &Config, unwanted: &BTreeSet<String>) -> Config {
+    let mut config = config.clone();
+    config.models.retain(|model| !unwanted.contains(&model.name));
+    config
 }
 
 impl std::fmt::Debug for Playhouse {
@@ -122,7 +140,7 @@ impl Playhouse {
         });
         let shared = Shared {
             catalog: catalog.clone(),
-            now: Mutex::new(Now { config, plan }),
+            now: Mutex::new(Now { config, unwanted: BTreeSet::new(), plan }),
             overrides: parts.overrides,
             reloading: tokio::sync::Mutex::default(),
             ended,
@@ -186,7 +204,7 @@ impl Playhouse {
     fn hopeless(&self, status: &HouseStatus) -> Option<(String, String)> {
         let is_lost =
             |replica: &&ReplicaStatus| matches!(replica.phase, Phase::Quarantined | Phase::Failed | Phase::Stopped);
-        self.config().models.iter().filter(|model| model.required).find_map(|model| {
+        self.now().wanted().models.iter().filter(|model| model.required).find_map(|model| {
             let all: Vec<&ReplicaStatus> = status.replicas().filter(|it| it.replica.model == model.name).collect();
             let lost = all.iter().copied().filter(is_lost).count();
             let why = |replica: &ReplicaStatus| match &replica.last_end {
@@ -219,7 +237,33 @@ impl Playhouse {
     /// [`ReloadError`]; everything goes on as it was.
     pub async fn reload(&self, config: Config, dry_run: bool) -> Result<Reloaded, ReloadError> {
         let _one_at_a_time = self.shared.reloading.lock().await;
-        let Now { config: old, plan: old_plan } = self.now();
+        let unwanted = self.now().unwanted;
+        self.go_over(config, unwanted, dry_run).await
+    }
+
+    /// Models that were put out by hand.
+    pub fn unwanted(&self) -> BTreeSet<String> {
+        self.now().unwanted
+    }
+
+    /// Puts a configured model out, or takes it in again. It stays so until this is called again, whatever is reloaded.
+    ///
+    /// # Errors
+    /// [`ReloadError`]; everything goes on as it was.
+    pub async fn set_wanted(&self, model: &str, wanted: bool) -> Result<Reloaded, ReloadError> {
+        let _one_at_a_time = self.shared.reloading.lock().await;
+        let Now { config, mut unwanted, .. } = self.now();
+        if wanted {
+            unwanted.remove(model)
+        } else {
+            unwanted.insert(model.to_owned())
+        };
+        self.go_over(config, unwanted, false).await
+    }
+
+    async fn go_over(&self, full: Config, unwanted: BTreeSet<String>, dry_run: bool) -> Result<Reloaded, ReloadError> {
+        let now = self.now();
+        let (old, old_plan, config) = (now.wanted(), now.plan, without(&full, &unwanted));
         let status = self.status().await.ok_or(ReloadError::Ended)?;
         let devices = self.devices().await;
         let running = Running::of(&status, &old_plan, &devices);
@@ -237,7 +281,8 @@ impl Playhouse {
         }
         let applied = self.tree().apply(config.clone(), plan.clone()).await.ok_or(ReloadError::Ended)?;
         self.shared.catalog.store(Arc::new(catalog));
-        *self.shared.now.lock().unwrap_or_else(PoisonError::into_inner) = Now { config, plan: plan.clone() };
+        *self.shared.now.lock().unwrap_or_else(PoisonError::into_inner) =
+            Now { config: full, unwanted, plan: plan.clone() };
         Ok(Reloaded { applied, plan, restart_needed })
     }
 

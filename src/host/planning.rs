@@ -3,12 +3,12 @@
 //! Sizes come from the models' files, memory from NVML; nothing is allocated and no GPU is touched.
 
 use super::error::PlanError;
-use crate::client::{Catalog, ModelCard};
+use crate::client::{Catalog, ModelCard, open_source};
 use crate::worker::sizing;
 use playhouse_actors::inventory::{Device, DeviceId};
 use playhouse_actors::messages::HouseStatus;
-use playhouse_actors::policy::placement::{Card, Plan, Wanted, place};
-use playhouse_config::{Config, Model, PciBusId};
+use playhouse_actors::policy::placement::{Card, Demand, Plan, Wanted, place};
+use playhouse_config::{Config, Devices, Model, PciBusId};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
@@ -29,7 +29,7 @@ pub fn read_cards(config: &Config, known: &Catalog, same: &Config) -> Result<Cat
             None => Arc::new(ModelCard::read(model).map_err(|source| PlanError::Model {
                 model: model.name.clone(),
                 source_of: model.source.to_string(),
-                source,
+                source: Box::new(source),
             })?),
         };
         cards.push(card);
@@ -92,11 +92,25 @@ pub fn plan(config: &Config, catalog: &Catalog, devices: &[Device], running: &Ru
             }
         })
         .collect();
-    let wanted = config.models.iter().map(|model| wanted(model, catalog, running)).collect::<Result<Vec<_>, _>>()?;
+    let wanted = config
+        .models
+        .iter()
+        .map(|model| {
+            wanted(model, catalog, running, !simulated && !devices.is_empty() && model.devices != Devices::Cpu)
+        })
+        .collect::<Result<Vec<_>, _>>()?;
     Ok(place(&wanted, &cards, &cpu_card())?)
 }
 
-fn wanted(model: &Model, catalog: &Catalog, running: &Running) -> Result<Wanted, PlanError> {
+/// On the CPU, and on devices that are not there, the CPU's engine takes what the file takes.
+fn demand(model: &Model, card: &ModelCard, is_on_gpu: bool) -> Result<Demand, Box<dyn std::error::Error>> {
+    if !is_on_gpu {
+        return Ok(sizing::demand(model, &card.spec)?);
+    }
+    Ok(sizing::demand_on_gpu(model, &card.spec, &open_source(&model.source)?)?)
+}
+
+fn wanted(model: &Model, catalog: &Catalog, running: &Running, is_on_gpu: bool) -> Result<Wanted, PlanError> {
     let card = catalog.get(&model.name).expect("the catalog was made from this configuration");
     let settings = |why: String| PlanError::Settings { model: model.name.clone(), why };
     Ok(Wanted {
@@ -105,7 +119,7 @@ fn wanted(model: &Model, catalog: &Catalog, running: &Running) -> Result<Wanted,
         replicas: model.replicas,
         priority: model.priority,
         kv_budget_bytes: model.kv_budget_bytes,
-        demand: sizing::demand(model, &card.spec).map_err(|error| settings(error.to_string()))?,
+        demand: demand(model, card, is_on_gpu).map_err(|error| settings(error.to_string()))?,
         current: running.placed.get(&model.name).cloned().unwrap_or_default(),
     })
 }

@@ -35,12 +35,11 @@ pub struct Operated {
     stop: Arc<Bell>,
 }
 
-/// Runs `house` until it is told to stop. `on_stop` is called when new requests are no longer taken, so that front ends
-/// can say so.
+/// Runs `house` until it is told to stop.
 ///
 /// # Errors
 /// If the system gives no signals.
-pub async fn run(house: Playhouse, on_stop: impl FnOnce()) -> std::io::Result<Ending> {
+pub async fn run(house: Playhouse) -> std::io::Result<Ending> {
     let operated = Arc::new(Operated { house: house.clone(), stop: Arc::default() });
     let mut signals = Signals::listen()?;
     let mut events = house.events();
@@ -69,7 +68,6 @@ pub async fn run(house: Playhouse, on_stop: impl FnOnce()) -> std::io::Result<En
             () = house.ended() => return Ok(Ending::GaveUp("the supervision tree ended".into())),
         }
     }
-    on_stop();
     notify.stopping();
     let deadline = house.config().host.drain;
     tracing::info!(?deadline, "no new requests; open streams may finish");

@@ -44,10 +44,9 @@ pub fn run_worker(socket: OwnedFd) -> ExitCode {
 /// `main`: its workers are started from its own executable.
 ///
 /// ```no_run
-/// fn main() {
-///     playhouse::worker::run_if_worker();
-///     // ... the program
-/// }
+/// // First in main:
+/// playhouse::worker::run_if_worker();
+/// // ... the program
 /// ```
 pub fn run_if_worker() {
     let started_as_worker =
@@ -55,6 +54,7 @@ pub fn run_if_worker() {
     if !started_as_worker {
         return;
     }
+    close_inherited();
     let status = match take_stdin() {
         Ok(socket) => status_of(socket),
         Err(error) => {
@@ -63,6 +63,22 @@ pub fn run_if_worker() {
         }
     };
     std::process::exit(status);
+}
+
+/// Closes what came down besides the standard streams: descriptors that the host inherited itself and did not mark
+/// close-on-exec, such as a listening socket from systemd, which a worker would keep open when the host is gone.
+fn close_inherited() {
+    let Ok(entries) = std::fs::read_dir("/proc/self/fd") else { return };
+    let numbers: Vec<i32> = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    for number in numbers {
+        // The listing itself had one of them, which is closed by now.
+        let is_open = std::fs::symlink_metadata(format!("/proc/self/fd/{number}")).is_ok();
+        if number > 2 && is_open {
+            // SAFETY: this is the first thing that the program does, on its only thread: the descriptor is open, and nothing
+            // in this process owns it.
+            unsafe { rustix::io::close(number) };
+        }
+    }
 }
 
 /// The socket that the host gave as standard input, which becomes `/dev/null`: nothing else in this process may read it.

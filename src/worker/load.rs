@@ -1,9 +1,8 @@
 //! From a worker's task to an engine: which device, which file, which limits. The one place that knows the backends.
 
 use super::sizing::{kv_min_bytes, limits};
-use crate::backend::cpu::CpuBackend;
 use crate::basho;
-use crate::engine::{EngineOptions, LlmEngine, LoadError, Runner, RunnerLimits, StepModel};
+use crate::engine::{self, DeviceName, DeviceOptions, EngineOptions, LlmEngine, LoadError, RunnerLimits, StepModel};
 use crate::gguf::GgufFile;
 use crate::grammar::LazyGrammars;
 use crate::models::{ModelError, describe};
@@ -23,9 +22,9 @@ const VOCAB_MAX: usize = 1 << 20;
 /// Why a device is not the worker's.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
-    /// A GPU is wanted, and there is no code for one.
-    #[error("{0} is a GPU, and this build has no CUDA backend; run the model on `cpu`")]
-    NoCuda(DeviceId),
+    /// There is no such GPU here, no driver, or this build has no kernels.
+    #[error("{0}")]
+    NoGpu(String),
     /// The name is of no kind we know.
     #[error("{0} is no device, expected `cpu`, `GPU-...`, `MIG-...` or `SIM-...`")]
     Unknown(DeviceId),
@@ -60,7 +59,10 @@ pub(super) fn is_gpu(device: &DeviceId) -> bool {
 pub(super) fn open_device(device: &DeviceId) -> Result<DeviceId, DeviceError> {
     match kind(device) {
         Kind::Cpu => Ok(device.clone()),
-        Kind::Gpu => Err(DeviceError::NoCuda(device.clone())),
+        Kind::Gpu => {
+            let found = DeviceName::find(device.as_str()).map_err(|error| DeviceError::NoGpu(error.to_string()))?;
+            Ok(DeviceId::gpu(found.to_string()))
+        }
         Kind::Unknown => Err(DeviceError::Unknown(device.clone())),
     }
 }
@@ -99,8 +101,11 @@ pub(super) fn load(
     let (n_ctx, n_vocab) = (model.n_ctx(), model.n_vocab());
     let options = EngineOptions { max_sequences: spec.max_sequences.max(1) as usize, ..EngineOptions::default() };
     let source = spec.source.clone();
-    let tokenizer =
-        move || Ok(Tokenizer::from_gguf(&open(&source).map_err(|e| e.to_string())?).map_err(|e| e.to_string())?);
+    // Read again, and only if a text is to be held to a form.
+    let tokenizer = move || {
+        let file = open(&source).map_err(|error| error.to_string())?;
+        Tokenizer::from_gguf(&file).map_err(|error| error.to_string())
+    };
     let engine = LlmEngine::new(model, options).with_constrainer(Box::new(LazyGrammars::new(Box::new(tokenizer))));
     Ok(Loaded { engine, kv_min_bytes, n_ctx, n_vocab })
 }
@@ -124,14 +129,11 @@ fn load_model(
         EngineError::BadModel(reason) => EngineError::BadModel(format!("{}: {reason}", file.label())),
         other => other,
     };
-    match kind(device) {
-        Kind::Cpu => {
-            let runner = Runner::load(file, CpuBackend::with_threads(threads), limits, progress).map_err(named)?;
-            Ok(Box::new(runner))
-        }
-        Kind::Gpu | Kind::Unknown => {
-            let (device, op, detail) = (device.to_string(), "open".to_owned(), "this build has no CUDA".to_owned());
-            Err(EngineError::DeviceLost { device, op, detail })
-        }
-    }
+    let name = match kind(device) {
+        Kind::Cpu => DeviceName::Cpu,
+        Kind::Gpu => DeviceName::Gpu(device.to_string()),
+        Kind::Unknown => return Err(EngineError::BadModel(DeviceError::Unknown(device.clone()).to_string())),
+    };
+    let options = DeviceOptions { n_threads: Some(threads), memory_cap: None };
+    Ok(engine::load_model(file, &name, options, limits, progress).map_err(named)?)
 }

@@ -2,15 +2,15 @@
 //! anything is loaded, and for the worker that loads. Pure.
 
 use crate::backend::KvDtype;
-use crate::engine::{RunnerLimits, kv_blocks, kv_layout, vram_usage};
+use crate::engine::{RunnerLimits, gpu_memory, kv_blocks, kv_layout, vram_usage};
+use crate::gguf::GgufFile;
 use crate::models::ModelSpec;
 use playhouse_actors::messages::WorkerSpec;
 use playhouse_actors::policy::placement::Demand;
 use playhouse_config::Model;
 use playhouse_config::checked::KvType;
 
-/// What a process with a CUDA context and our kernels takes on a card before anything is loaded; rounded up from what
-/// NVML shows for one on an H200.
+/// An allowance for what a process with a CUDA context and our kernels takes on a card before anything is loaded.
 pub const CONTEXT_BYTES: u64 = 640 << 20;
 
 /// Settings that a model cannot be run with.
@@ -27,6 +27,9 @@ pub enum SizingError {
     /// No backend stores keys and values like that.
     #[error("kv_type is {0:?}, expected f32, f16 or q8_0")]
     KvType(KvType),
+    /// The file is not what its header says.
+    #[error("{0}")]
+    File(String),
     /// Not one sequence fits.
     #[error(
         "{kv_bytes} bytes for KV are less than the {kv_min_bytes} of one sequence of {n_ctx} tokens; give it more, or set a \
@@ -112,6 +115,20 @@ pub fn limits(spec: &WorkerSpec, model: &ModelSpec) -> Result<RunnerLimits, Sizi
     }
     let n_kv_blocks = usize::try_from(spec.kv_bytes / layout.block_bytes().max(1)).unwrap_or(usize::MAX);
     Ok(RunnerLimits { n_kv_blocks, ..one })
+}
+
+/// Multiprocessors that a GPU's work space is planned for: as many as the largest has. NVML does not tell, and asking CUDA
+/// would take a context. A smaller GPU takes a few megabytes less.
+const MULTIPROCESSORS: usize = 192;
+
+/// What a replica of a configured model needs on a GPU, where weights are stored in tiles of their own.
+///
+/// # Errors
+/// [`SizingError`]; [`SizingError::KvTooSmall`] if the configured budget is.
+pub fn demand_on_gpu(config: &Model, model: &ModelSpec, file: &GgufFile) -> Result<Demand, SizingError> {
+    let one = Shape::from(config).limits_of_one(model)?;
+    let usage = gpu_memory(file, &one, MULTIPROCESSORS).map_err(|error| SizingError::File(error.to_string()))?;
+    Ok(Demand { weights_bytes: usage.weights, scratch_bytes: usage.scratch, ..demand(config, model)? })
 }
 
 /// What a replica of a configured model needs on a device, for the planner. A worker that gets so many bytes for KV as

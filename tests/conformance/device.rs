@@ -1,7 +1,9 @@
 //! The devices of this machine, and what a test needs to use one.
 
-use playhouse::backend::{BLOCK_TOKENS, Backend, Batch, KvDtype, KvLayout, SeqSpan, WeightSource};
+use playhouse::backend::cuda::CudaBackend;
+use playhouse::backend::{BLOCK_TOKENS, Backend, Batch, Join, KvDtype, KvLayout, SeqSpan, WeightSource, WeightUse};
 use playhouse::dtype::DType;
+use playhouse::engine::DeviceName;
 use playhouse::gguf::TensorBytes;
 
 /// Runs a generic test body on every device: `on_every_backend!(name, body)`.
@@ -10,7 +12,10 @@ macro_rules! on_every_backend {
         #[test]
         fn $name() {
             for (name, backend) in playhouse::backend::cpu::CpuBackend::each_instruction_set(2) {
-                let mut device = $crate::device::Device { name, backend, tolerance: 4e-6 };
+                let mut device = $crate::device::Device::cpu(name, backend);
+                $body(&mut device);
+            }
+            if let Some(mut device) = $crate::device::gpu(stringify!($name)) {
                 $body(&mut device);
             }
         }
@@ -24,6 +29,53 @@ pub(crate) struct Device<B> {
     pub(crate) backend: B,
     /// Largest error of an op relative to the sum of magnitudes that went into it.
     pub(crate) tolerance: f64,
+    /// Head sizes that it takes; all if `None`.
+    pub(crate) head_dims: Option<&'static [usize]>,
+    /// How it can store keys and values, the most exact first.
+    pub(crate) kv_dtypes: &'static [KvDtype],
+}
+
+impl<B> Device<B> {
+    /// A CPU: f32 throughout.
+    pub(crate) fn cpu(name: &'static str, backend: B) -> Self {
+        let kv_dtypes = &[KvDtype::F32, KvDtype::F16, KvDtype::Q8_0];
+        Self { name, backend, tolerance: 4e-6, head_dims: None, kv_dtypes }
+    }
+
+    pub(crate) fn has_head(&self, head_dim: usize) -> bool {
+        self.head_dims.is_none_or(|all| all.contains(&head_dim))
+    }
+
+    /// The way to store keys and values that comes nearest to a wanted one, if it has it or a finer one is wanted.
+    pub(crate) fn kv_like(&self, wanted: KvDtype) -> Option<KvDtype> {
+        match wanted {
+            KvDtype::F32 => self.kv_dtypes.first().copied(),
+            other => self.kv_dtypes.contains(&other).then_some(other),
+        }
+    }
+}
+
+/// The first GPU, or `None` with a line that says why the test does not run on one.
+///
+/// Weights and activations are rounded to f16 on the way into a product, half a unit in the last place (2^-12) each, and
+/// what they were rounded from may itself come out of such a product: 2^-10 of the magnitudes.
+pub(crate) fn gpu(test: &str) -> Option<Device<CudaBackend>> {
+    let opened = DeviceName::find("gpu")
+        .map_err(|e| e.to_string())
+        .and_then(|name| CudaBackend::open(&name.to_string(), None).map_err(|e| e.to_string()));
+    match opened {
+        Ok(backend) => Some(Device {
+            name: "cuda",
+            backend,
+            tolerance: 1.0 / 1024.0,
+            head_dims: Some(&[16, 32, 64, 96, 128]),
+            kv_dtypes: &[KvDtype::F16],
+        }),
+        Err(reason) => {
+            println!("{test} does not run on a GPU: {reason}");
+            None
+        }
+    }
 }
 
 /// Numbers that went to a device: what was encoded, as it decodes.
@@ -46,8 +98,44 @@ impl<B: Backend> Device<B> {
         let mut values = vec![0.0; n];
         dtype.decode(&bytes, &mut values).unwrap();
         let bytes = TensorBytes::from_vec(bytes);
-        let source = WeightSource { name: "test.weight", dtype, n_mats, n_rows, n_cols, bytes };
+        let source = WeightSource { name: "test.weight", dtype, n_mats, n_rows, n_cols, bytes, uses: WeightUse::ANY };
         Held { weight: self.backend.weight(source).unwrap(), values }
+    }
+
+    /// Random matrices that one op uses together, made resident by one call if `join` says so.
+    pub(crate) fn group(
+        &mut self,
+        random: &mut Random,
+        dtype: DType,
+        shapes: &[(usize, usize, usize)],
+        scale: f32,
+        join: Option<Join>,
+    ) -> Vec<Held<B::Weight>> {
+        let Some(join) = join else {
+            return shapes.iter().map(|shape| self.matrices(random, dtype, *shape, scale)).collect();
+        };
+        let mut all_values = Vec::new();
+        let mut sources = Vec::new();
+        for &(n_mats, n_rows, n_cols) in shapes {
+            let bytes = random.encoded(dtype, n_mats * n_rows * n_cols, scale);
+            let mut values = vec![0.0; n_mats * n_rows * n_cols];
+            dtype.decode(&bytes, &mut values).unwrap();
+            all_values.push(values);
+            let (name, uses, bytes) = ("test.joined", WeightUse::PRODUCT, TensorBytes::from_vec(bytes));
+            sources.push(WeightSource { name, dtype, n_mats, n_rows, n_cols, bytes, uses });
+        }
+        let weights = self.backend.joined(sources, join).unwrap();
+        weights.into_iter().zip(all_values).map(|(weight, values)| Held { weight, values }).collect()
+    }
+
+    /// f32 vectors, made resident by one call.
+    pub(crate) fn joined_vectors(&mut self, all: &[Vec<f32>]) -> Vec<B::Weight> {
+        let source = |values: &Vec<f32>| {
+            let bytes = TensorBytes::from_vec(bytemuck::cast_slice(values).to_vec());
+            let (name, dtype, uses) = ("test.biases", DType::F32, WeightUse::VALUES);
+            WeightSource { name, dtype, n_mats: 1, n_rows: 1, n_cols: values.len(), bytes, uses }
+        };
+        self.backend.joined(all.iter().map(source).collect(), Join::Stacked).unwrap()
     }
 
     /// An f32 vector.
@@ -59,7 +147,15 @@ impl<B: Backend> Device<B> {
     pub(crate) fn matrix_of(&mut self, values: &[f32], n_rows: usize) -> B::Weight {
         let bytes = TensorBytes::from_vec(bytemuck::cast_slice(values).to_vec());
         let n_cols = values.len() / n_rows;
-        let source = WeightSource { name: "test.vector", dtype: DType::F32, n_mats: 1, n_rows, n_cols, bytes };
+        let source = WeightSource {
+            name: "test.vector",
+            dtype: DType::F32,
+            n_mats: 1,
+            n_rows,
+            n_cols,
+            bytes,
+            uses: WeightUse::ANY,
+        };
         self.backend.weight(source).unwrap()
     }
 
@@ -81,6 +177,7 @@ impl<B: Backend> Device<B> {
 
     /// Replaces the KV cache.
     pub(crate) fn kv(&mut self, n_layers: usize, n_kv_heads: usize, head_dim: usize, dtype: KvDtype) {
+        let dtype = self.kv_like(dtype).expect("tests ask only for what there is");
         self.backend.kv_cache(KvLayout { n_layers, n_kv_heads, head_dim, n_blocks: 32, dtype }).unwrap();
     }
 

@@ -167,7 +167,7 @@ fn alone<B: Backend>(model: &mut Model<'_, B>, sequence: &Sequence, chunk: usize
 }
 
 fn cpu(n_threads: usize) -> Device<CpuBackend> {
-    Device { name: "cpu", backend: CpuBackend::with_threads(n_threads), tolerance: 0.0 }
+    Device::cpu("cpu", CpuBackend::with_threads(n_threads))
 }
 
 fn assert_same(what: &str, expected: &[Vec<u32>], found: &[Vec<u32>]) {
@@ -179,7 +179,7 @@ fn assert_same(what: &str, expected: &[Vec<u32>], found: &[Vec<u32>]) {
 
 fn chunks_and_company<B: Backend>(device: &mut Device<B>) {
     let mut model = Model::new(device);
-    for kv in [KvDtype::F32, KvDtype::F16, KvDtype::Q8_0] {
+    for &kv in model.device.kv_dtypes {
         model.device.kv(2, DIMS.n_kv_heads, DIMS.head_dim, kv);
         let expected = alone(&mut model, &sequence(&[0, 1, 2]), N);
         for chunk in [1, 2, 7, 16, 32, 33, 64] {
@@ -247,7 +247,7 @@ fn threads_change_no_bit() {
 #[test]
 fn instruction_sets_change_no_bit() {
     let mut all = CpuBackend::each_instruction_set(2).into_iter().map(|(name, backend)| {
-        let mut device = Device { name, backend, tolerance: 0.0 };
+        let mut device = Device::cpu(name, backend);
         (name, alone(&mut Model::new(&mut device), &sequence(&[0, 1, 2]), 10))
     });
     let (_, expected) = all.next().unwrap();

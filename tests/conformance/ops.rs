@@ -3,7 +3,7 @@
 use crate::device::{Device, Held, Random, on_every_backend, plain_batch};
 use crate::reference::{self, Value, widen};
 use playhouse::backend::{
-    Activation, AttentionOp, BLOCK_TOKENS, Backend, Batch, GatedOp, HeadDims, HeadOp, KvDtype, Linear, MoeOp,
+    Activation, AttentionOp, BLOCK_TOKENS, Backend, Batch, GatedOp, HeadDims, HeadOp, Join, KvDtype, Linear, MoeOp,
     MoeWeighting, Norm, Pairing, QkvOp, Rope, SeqSpan,
 };
 use playhouse::dtype::DType;
@@ -87,14 +87,21 @@ fn linear_residual_sizes<B: Backend>(device: &mut Device<B>) {
 }
 
 fn gated<B: Backend>(device: &mut Device<B>) {
+    for join in [None, Some(Join::Gated)] {
+        gated_joined(device, join);
+    }
+}
+
+fn gated_joined<B: Backend>(device: &mut Device<B>, join: Option<Join>) {
     let clamped = Activation::SwiGluClamped { alpha: 1.702, limit: 7.0 };
     for (activation, scale) in [(Activation::SwiGlu, 1.0), (clamped, 1.0), (clamped, 40.0)] {
         for (n_ff, n_in, n_tokens) in [(1, 1, 1), (3, 2, 2), (17, 31, 3), (33, 127, 17), (127, 33, 1), (130, 64, 33)] {
             let mut random = Random(n_ff as u64);
             let x = random.f32s(n_tokens * n_in, 3.0);
             let norm = random.f32s(n_in, 1.0);
-            let gate = device.matrices(&mut random, DType::F32, (1, n_ff, n_in), scale / (n_in as f32).sqrt());
-            let up = device.matrices(&mut random, DType::F32, (1, n_ff, n_in), scale / (n_in as f32).sqrt());
+            let size = scale / (n_in as f32).sqrt();
+            let both = device.group(&mut random, DType::F32, &[(1, n_ff, n_in); 2], size, join);
+            let (gate, up) = (&both[0], &both[1]);
             let (gate_bias, up_bias) = (random.f32s(n_ff, 1.0), random.f32s(n_ff, 1.0));
             let weights = [&norm, &gate_bias, &up_bias].map(|v| device.vector(v));
             let op = GatedOp {
@@ -138,6 +145,8 @@ struct Case {
     sinks: bool,
     softcap: Option<f32>,
     kv: KvDtype,
+    /// Whether q, k and v, and their biases, were made resident by one call.
+    joined: bool,
     slack: f64,
 }
 
@@ -154,6 +163,7 @@ const PLAIN: Case = Case {
     sinks: false,
     softcap: None,
     kv: KvDtype::F32,
+    joined: false,
     slack: 8.0,
 };
 
@@ -195,6 +205,7 @@ fn attention_switches<B: Backend>(device: &mut Device<B>) {
     ];
     for case in cases {
         check_attention(device, case);
+        check_attention(device, Case { joined: true, ..case });
     }
 }
 
@@ -204,7 +215,7 @@ fn attention_caches<B: Backend>(device: &mut Device<B>) {
     for (kv, error) in cases {
         for (head_dim, n_rot) in [(16, 16), (33, 32), (64, 64), (96, 96)] {
             let dims = HeadDims { head_dim, ..PLAIN.dims };
-            let slack = error / device.tolerance;
+            let slack = f64::max(error / device.tolerance, PLAIN.slack);
             check_attention(device, Case { kv, dims, n_rot, slack, ..PLAIN });
             check_attention(device, Case { kv, dims, n_rot, slack, chunk: 1, n_tokens: &[35], ..PLAIN });
         }
@@ -229,6 +240,9 @@ struct Inputs {
 
 fn check_attention<B: Backend>(device: &mut Device<B>, case: Case) {
     let Case { dims, n_in, .. } = case;
+    if !device.has_head(dims.head_dim) || device.kv_like(case.kv).is_none() {
+        return;
+    }
     let HeadDims { n_heads, n_kv_heads, head_dim } = dims;
     let widths = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim];
     let mut random = Random((n_heads * 31 + head_dim) as u64);
@@ -239,7 +253,8 @@ fn check_attention<B: Backend>(device: &mut Device<B>, case: Case) {
         head_norms: [0, 1].map(|_| random.f32s(head_dim, 1.5)),
         sinks: random.f32s(n_heads, 3.0),
     };
-    let projections = widths.map(|w| device.matrices(&mut random, DType::F32, (1, w, n_in), 0.5));
+    let join = case.joined.then_some(Join::Stacked);
+    let projections = device.group(&mut random, DType::F32, &widths.map(|w| (1, w, n_in)), 0.5, join);
     let n_ctx = case.n_tokens.iter().copied().max().unwrap_or(1);
     let angles: Vec<Vec<f64>> = (0..n_ctx)
         .map(|p| (0..case.n_rot / 2).map(|i| p as f64 / 100f64.powf(2.0 * i as f64 / case.n_rot as f64)).collect())
@@ -257,7 +272,7 @@ fn run_attention<B: Backend>(
     device: &mut Device<B>,
     case: Case,
     inputs: &Inputs,
-    projections: &[Held<B::Weight>; 3],
+    projections: &[Held<B::Weight>],
     angles: &[Vec<f64>],
 ) -> Vec<Vec<f32>> {
     let Case { dims, n_in, .. } = case;
@@ -265,7 +280,11 @@ fn run_attention<B: Backend>(
     // Layer 1 of 2, so that a wrong layer offset shows.
     device.kv(2, dims.n_kv_heads, dims.head_dim, case.kv);
     let norm = device.vector(&inputs.norm);
-    let biases = [0, 1, 2].map(|i| device.vector(&inputs.biases[i]));
+    let biases: Vec<B::Weight> = if case.joined {
+        device.joined_vectors(&inputs.biases)
+    } else {
+        inputs.biases.iter().map(|b| device.vector(b)).collect()
+    };
     let head_norms = [0, 1].map(|i| device.vector(&inputs.head_norms[i]));
     let sinks = device.vector(&inputs.sinks);
     let table: Vec<f32> =
@@ -343,7 +362,7 @@ fn chunk_batch(case: Case, done: usize) -> Batch {
 fn expected_attention<W>(
     case: Case,
     inputs: &Inputs,
-    projections: &[Held<W>; 3],
+    projections: &[Held<W>],
     angles: &[Vec<f64>],
     seq: usize,
 ) -> Vec<Value> {
@@ -403,14 +422,20 @@ fn moe<B: Backend>(device: &mut Device<B>) {
         (DType::MXFP4, 32, 4, 64, 96, 1),
         (DType::MXFP4, 5, 2, 32, 64, 33),
         (DType::Q4_K, 3, 1, 256, 256, 7),
+        (DType::Q8_0, 6, 2, 64, 64, 90),
     ];
-    for (dtype, n_experts, n_used, n_in, n_ff, n_tokens) in shapes {
+    for (join, (dtype, n_experts, n_used, n_in, n_ff, n_tokens)) in
+        [None, Some(Join::Gated)].into_iter().flat_map(|join| shapes.map(|shape| (join, shape)))
+    {
         let mut random = Random((n_experts * 100 + n_used) as u64);
         let scale = 1.0 / (n_in as f32).sqrt();
+        let router = device.matrices(&mut random, DType::F32, (1, n_experts, n_in), 1.0);
+        let mut both = device.group(&mut random, dtype, &[(n_experts, n_ff, n_in); 2], scale.max(0.25), join);
+        let (up, gate) = (both.pop().expect("two"), both.pop().expect("two"));
         let experts = Experts {
-            router: device.matrices(&mut random, DType::F32, (1, n_experts, n_in), 1.0),
-            gate: device.matrices(&mut random, dtype, (n_experts, n_ff, n_in), scale.max(0.25)),
-            up: device.matrices(&mut random, dtype, (n_experts, n_ff, n_in), scale.max(0.25)),
+            router,
+            gate,
+            up,
             down: device.matrices(&mut random, dtype, (n_experts, n_in, n_ff), scale.max(0.25)),
         };
         let x = random.f32s(n_tokens * n_in, 1.0);

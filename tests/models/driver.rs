@@ -1,8 +1,9 @@
 //! Drives a runner by hand: sequences whose KV blocks lie scattered over the pool.
 
 use playhouse::backend::cpu::CpuBackend;
+use playhouse::backend::cuda::CudaBackend;
 use playhouse::backend::{BLOCK_TOKENS, Batch, KvDtype, SeqSpan};
-use playhouse::engine::{Runner, RunnerLimits, StepModel};
+use playhouse::engine::{DeviceName, Runner, RunnerLimits, StepModel};
 use playhouse::gguf::GgufFile;
 
 /// A runner for up to eight sequences of `n_ctx` tokens.
@@ -17,6 +18,20 @@ pub(crate) fn runner_with(file: &GgufFile, limits: RunnerLimits) -> Runner<CpuBa
     Runner::load(file, CpuBackend::with_threads(2), limits, &mut |_| ()).unwrap()
 }
 
+/// The first GPU, or `None` with a line that says why the test does not run on one.
+pub(crate) fn gpu(test: &str) -> Option<CudaBackend> {
+    let name = DeviceName::find("gpu").map_err(|e| e.to_string());
+    let opened = name.and_then(|name| CudaBackend::open(&name.to_string(), None).map_err(|e| e.to_string()));
+    opened.inspect_err(|reason| println!("{test} does not run on a GPU: {reason}")).ok()
+}
+
+/// A runner on the GPU for up to eight sequences of `n_ctx` tokens.
+pub(crate) fn gpu_runner(test: &str, file: &GgufFile, n_ctx: usize) -> Option<Runner<CudaBackend>> {
+    let limits =
+        RunnerLimits { max_batch_tokens: 1024, max_logit_rows: 1024, ..RunnerLimits::new(n_ctx, 8, KvDtype::F16) };
+    gpu(test).map(|backend| Runner::load(file, backend, limits, &mut |_| ()).unwrap())
+}
+
 /// A sequence: its tokens so far and its blocks, every eighth of the pool, last one first.
 #[derive(Debug, Clone)]
 pub(crate) struct Sequence {
@@ -26,7 +41,7 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     /// The `idx`-th of eight sequences in the pool of `runner`.
-    pub(crate) fn new(runner: &Runner<CpuBackend>, idx: u32) -> Self {
+    pub(crate) fn new(runner: &impl StepModel, idx: u32) -> Self {
         let n_blocks = runner.capacity().n_kv_blocks as u32;
         Self { n_done: 0, blocks: (0..n_blocks).rev().filter(|block| block % 8 == idx).collect() }
     }
@@ -49,7 +64,7 @@ pub(crate) fn push(batch: &mut Batch, sequence: &mut Sequence, tokens: &[u32], a
 
 /// The logits of every token, computed in steps of `chunk` tokens, `[N, V]`.
 pub(crate) fn all_logits(
-    runner: &mut Runner<CpuBackend>,
+    runner: &mut impl StepModel,
     sequence: &mut Sequence,
     tokens: &[u32],
     chunk: usize,
@@ -79,7 +94,7 @@ impl Sequence {
 
 impl Sequence {
     /// The first blocks of the pool.
-    pub(crate) fn first_of(runner: &Runner<CpuBackend>) -> Self {
+    pub(crate) fn first_of(runner: &impl StepModel) -> Self {
         Self { n_done: 0, blocks: (0..runner.capacity().n_kv_blocks as u32).collect() }
     }
 }

@@ -13,3 +13,4 @@ mod accepted;
 mod memory;
 mod adapter;
 mod rope;
+mod gpu;

@@ -6,7 +6,7 @@ use super::golden::{checkpoint, golden};
 use playhouse::dtype::DType;
 
 /// Encodes every matrix whose rows allow it; returns the file and its decoded F32 twin.
-fn twins(name: &str, dtype: DType) -> (Parts, Parts) {
+pub(crate) fn twins(name: &str, dtype: DType) -> (Parts, Parts) {
     let mut quantised = Parts::of(&checkpoint(name));
     let mut n_encoded = 0;
     for tensor in &mut quantised.tensors {
@@ -42,7 +42,7 @@ fn check(name: &str, dtypes: &[DType]) {
     }
 }
 
-const BY_32: [DType; 6] = [DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q5_0, DType::MXFP4];
+pub(crate) const BY_32: [DType; 6] = [DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q5_0, DType::MXFP4];
 
 #[test]
 fn quantised_qwen2_is_its_decoded_self() {

@@ -45,13 +45,15 @@ pub(crate) fn request(id: u64, max_tokens: u32) -> EngineRequest {
     let sampling = SamplingParams { temperature: 0.9, top_k: 40, seed: id, ..SamplingParams::greedy() };
     EngineRequest {
         id: RequestId(id),
+        task: playhouse_actors::engine::Task::Generate,
         prompt,
         emitted: Vec::new(),
         sampling,
         max_tokens,
         min_tokens: 0,
         stop_ids: Vec::new(),
-        logprobs: (id % 2 == 0).then_some(3),
+        logprobs: id.is_multiple_of(2).then_some(3),
+        constraint: None,
         priority: 0,
         deadline: None,
     }
@@ -68,6 +70,7 @@ pub(crate) fn note(transcript: &mut Transcript, events: Vec<EngineEvent>) {
                 let end = transcript.entry(id).or_default().1.replace((reason, usage));
                 assert_eq!(end, None, "one end each");
             }
+            EngineEvent::Embedded { id, .. } => panic!("{id:?} is no embedding"),
             EngineEvent::Failed { id, error } => panic!("{id:?}: {error}"),
         }
     }

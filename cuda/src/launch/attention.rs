@@ -8,14 +8,18 @@ use half::f16;
 
 /// Tokens of a KV block. Mirrors `KV_BLOCK_TOKENS`.
 pub const BLOCK_TOKENS: usize = 32;
+/// The slot of a row without a token: nothing is written for it. Mirrors `NO_SLOT`.
+pub const NO_SLOT: u32 = u32::MAX;
 /// Positions of a split. Mirrors `SPLIT`.
 pub const SPLIT: usize = 128;
 /// Positions of a tile. Mirrors `KV_TILE`.
 const TILE: usize = 64;
-/// Rows of a decode item.
+/// Most rows of a decode item.
 pub const DECODE_ROWS: usize = 16;
 /// Rows of a prefill item.
 pub const PREFILL_ROWS: usize = 64;
+/// Threads of a prefill block.
+const PREFILL_THREADS: usize = 128;
 /// Head sizes that there are kernels for.
 pub const HEAD_DIMS: &[usize] = &[16, 32, 64, 96, 128];
 
@@ -30,13 +34,46 @@ pub struct Heads {
     pub head_dim: usize,
 }
 
-/// Keys and values of one layer: f16 `[block][kv head][32 tokens][head_dim]` each.
+/// How keys and values are kept. Mirrors `kv.cuh`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KvFormat {
+    /// 2 bytes an element.
+    F16,
+    /// 34 bytes per 32 elements of one head: 8 bits and an f16 scale, as in `Q8_0`, quants and scales apart.
+    Q8_0,
+}
+
+impl KvFormat {
+    /// Bytes of one kv head of one block: its [`BLOCK_TOKENS`] rows. A last partial group of `Q8_0` takes a whole one.
+    pub fn head_bytes(self, head_dim: usize) -> usize {
+        BLOCK_TOKENS
+            * match self {
+                KvFormat::F16 => 2 * head_dim,
+                KvFormat::Q8_0 => 34 * head_dim.div_ceil(32),
+            }
+    }
+}
+
+/// Keys and values of one layer: `[block][kv head]` each, a head as [`KvFormat`] says.
 #[derive(Debug, Clone)]
 pub struct KvLayer {
+    /// Of both.
+    pub format: KvFormat,
     /// Keys.
-    pub k: Buffer<f16>,
+    pub k: Buffer<u8>,
     /// Values.
-    pub v: Buffer<f16>,
+    pub v: Buffer<u8>,
+}
+
+impl KvLayer {
+    fn check(&self, heads: Heads) -> Result<(), CudaError> {
+        let block = heads.n_kv_heads * self.format.head_bytes(heads.head_dim);
+        if self.k.len() != self.v.len() || self.k.is_empty() || !self.k.len().is_multiple_of(block) {
+            let found = format!("{} and {}", self.k.len(), self.v.len());
+            return Err(contract("cache", format!("as many whole blocks of {block} bytes twice"), found));
+        }
+        Ok(())
+    }
 }
 
 /// Rows of one sequence that a block works on. Mirrors `AttentionItem`.
@@ -123,11 +160,30 @@ struct AttentionArgs {
     window: i32,
     max_splits: i32,
     out_stride: i32,
+    partial_rows: i32,
 }
 
-/// f32 elements of work space for decoding `n_items` items over at most `max_splits` splits.
-pub fn decode_partial_len(heads: Heads, n_items: usize, max_splits: usize) -> usize {
-    n_items * heads.n_kv_heads * max_splits * DECODE_ROWS * (heads.head_dim + 2)
+/// Rows of the largest item that [`Item::cut`] makes of one token in pieces of [`DECODE_ROWS`].
+pub fn rows_of_one_token(heads: Heads) -> usize {
+    (heads.n_heads / heads.n_kv_heads).min(DECODE_ROWS)
+}
+
+/// f32 elements of work space for decoding `n_items` items of up to `rows` rows over at most `max_splits` splits.
+pub fn decode_partial_len(heads: Heads, n_items: usize, rows: usize, max_splits: usize) -> usize {
+    n_items * heads.n_kv_heads * max_splits * rows * (heads.head_dim + 2)
+}
+
+/// Items of a decode launch, and what they have in common.
+#[derive(Debug, Clone)]
+pub struct DecodeItems<'a> {
+    /// [`Item::words`] of each.
+    pub items: &'a Buffer<i32>,
+    /// How many.
+    pub n_items: usize,
+    /// Most rows of an item, at most [`DECODE_ROWS`].
+    pub rows: usize,
+    /// Most splits of [`SPLIT`] positions that an item sees.
+    pub max_splits: usize,
 }
 
 impl Attention<'_> {
@@ -137,66 +193,59 @@ impl Attention<'_> {
     /// [`CudaError::Contract`]; a failed launch.
     pub fn prefill(&self, kernels: &Kernels, items: &Buffer<i32>, n_items: usize) -> Result<(), CudaError> {
         self.check(items, n_items)?;
-        let name = match self.heads.head_dim {
-            16 => "attention_prefill_16",
-            32 => "attention_prefill_32",
-            64 => "attention_prefill_64",
-            96 => "attention_prefill_96",
-            _ => "attention_prefill_128",
-        };
-        let shared = self.tile_bytes() * 4;
+        let name = prefill_name(self.kv.format, self.heads.head_dim);
+        // Two stages of tiles, and the merged sums of 128 threads: a float for each of a thread's elements of the output.
+        let shared = 2 * self.stage_bytes() + (PREFILL_THREADS * self.heads.head_dim * 2) as u32;
         let kernel = kernels.get("attention_prefill", name, shared)?;
         let grid = (n_items as u32, self.heads.n_kv_heads as u32, 1);
-        let launch = Launch { grid, block: (128, 1, 1), shared_bytes: shared, overlap: true };
+        let block = (PREFILL_THREADS as u32, 1, 1);
+        let launch = Launch { grid, block, shared_bytes: shared, overlap: true };
         // SAFETY: AttentionArgs mirrors the kernel's parameter; `check` held the buffers against the shapes.
-        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(self.args(items, 0, 1))) }
+        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(self.args(items, 0, 0, 1))) }
     }
 
-    /// Enqueues attention of items of up to 16 rows that see at most `max_splits` splits, in two kernels. `partial` has
-    /// [`decode_partial_len`] elements.
+    /// Enqueues attention of items of few rows in two kernels. `partial` has [`decode_partial_len`] elements.
     ///
     /// # Errors
     /// [`CudaError::Contract`]; a failed launch.
-    pub fn decode(
-        &self,
-        kernels: &Kernels,
-        items: &Buffer<i32>,
-        n_items: usize,
-        max_splits: usize,
-        partial: &Buffer<f32>,
-    ) -> Result<(), CudaError> {
+    pub fn decode(&self, kernels: &Kernels, decode: &DecodeItems<'_>, partial: &Buffer<f32>) -> Result<(), CudaError> {
+        let DecodeItems { items, n_items, rows, max_splits } = *decode;
         self.check(items, n_items)?;
-        let needed = decode_partial_len(self.heads, n_items, max_splits);
+        if rows == 0 || rows > DECODE_ROWS || max_splits == 0 {
+            let expected = format!("1 to {DECODE_ROWS} rows, 1 or more splits");
+            return Err(contract("decode", expected, format!("{rows} rows, {max_splits} splits")));
+        }
+        let needed = decode_partial_len(self.heads, n_items, rows, max_splits);
         if partial.len() < needed {
             return Err(contract("partial", needed, partial.len()));
         }
-        let (split, merge) = match self.heads.head_dim {
-            16 => ("attention_decode_16", "attention_merge_16"),
-            32 => ("attention_decode_32", "attention_merge_32"),
-            64 => ("attention_decode_64", "attention_merge_64"),
-            96 => ("attention_decode_96", "attention_merge_96"),
-            _ => ("attention_decode_128", "attention_merge_128"),
-        };
-        let shared = self.tile_bytes() * 4;
-        let args = self.args(items, partial.ptr(), max_splits);
+        let (split, merge) = decode_names(self.kv.format, self.heads.head_dim);
+        let shared = 2 * self.stage_bytes();
+        let args = self.args(items, partial.ptr(), rows, max_splits);
         let n_kv_heads = self.heads.n_kv_heads as u32;
         let grid = (n_items as u32, n_kv_heads, max_splits as u32);
         let launch = Launch { grid, block: (32, 1, 1), shared_bytes: shared, overlap: true };
         let kernel = kernels.get("attention_decode", split, shared)?;
         // SAFETY: as in `prefill`; `partial` holds every split of every item.
         unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args))? };
-        let grid = (n_items as u32, n_kv_heads, DECODE_ROWS as u32);
+        let grid = (n_items as u32, n_kv_heads, rows as u32);
         let launch = Launch { grid, block: (32, 1, 1), shared_bytes: 0, overlap: true };
         let kernel = kernels.get("attention_decode", merge, 0)?;
         // SAFETY: as above.
         unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args)) }
     }
 
-    fn tile_bytes(&self) -> u32 {
-        (TILE * (self.heads.head_dim * 2 + 16)) as u32
+    /// Shared memory of a tile of keys and one of values. Mirrors `STAGE` of `attention.cuh`.
+    fn stage_bytes(&self) -> u32 {
+        let head_dim = self.heads.head_dim;
+        let row = match self.kv.format {
+            KvFormat::F16 => head_dim * 2 + 16,
+            KvFormat::Q8_0 => head_dim + 16 + 2 * head_dim.div_ceil(32),
+        };
+        (2 * TILE * row) as u32
     }
 
-    fn args(&self, items: &Buffer<i32>, partial: u64, max_splits: usize) -> AttentionArgs {
+    fn args(&self, items: &Buffer<i32>, partial: u64, rows: usize, max_splits: usize) -> AttentionArgs {
         AttentionArgs {
             q: self.q.ptr(),
             k_cache: self.kv.k.ptr(),
@@ -214,6 +263,7 @@ impl Attention<'_> {
             window: self.window.map_or(0, |w| w as i32),
             max_splits: max_splits as i32,
             out_stride: self.out.stride as i32,
+            partial_rows: rows as i32,
         }
     }
 
@@ -230,14 +280,47 @@ impl Attention<'_> {
                 format!("{} and stride {}", self.q.len(), self.out.stride),
             ));
         }
-        if self.kv.k.len() != self.kv.v.len() {
-            return Err(contract("cache", self.kv.k.len(), self.kv.v.len()));
-        }
+        self.kv.check(self.heads)?;
         match self.sinks {
             Some(sinks) if sinks.len() != self.heads.n_heads => Err(contract("sinks", self.heads.n_heads, sinks.len())),
             _ => Ok(()),
         }
     }
+}
+
+macro_rules! names {
+    ($format:expr, $head_dim:expr, $name:ident) => {
+        match ($format, $head_dim) {
+            (KvFormat::F16, 16) => $name!("", "16"),
+            (KvFormat::F16, 32) => $name!("", "32"),
+            (KvFormat::F16, 64) => $name!("", "64"),
+            (KvFormat::F16, 96) => $name!("", "96"),
+            (KvFormat::F16, _) => $name!("", "128"),
+            (KvFormat::Q8_0, 16) => $name!("q8_", "16"),
+            (KvFormat::Q8_0, 32) => $name!("q8_", "32"),
+            (KvFormat::Q8_0, 64) => $name!("q8_", "64"),
+            (KvFormat::Q8_0, 96) => $name!("q8_", "96"),
+            (KvFormat::Q8_0, _) => $name!("q8_", "128"),
+        }
+    };
+}
+
+fn prefill_name(format: KvFormat, head_dim: usize) -> &'static str {
+    macro_rules! name {
+        ($format:literal, $dim:literal) => {
+            concat!("attention_prefill_", $format, $dim)
+        };
+    }
+    names!(format, head_dim, name)
+}
+
+fn decode_names(format: KvFormat, head_dim: usize) -> (&'static str, &'static str) {
+    macro_rules! name {
+        ($format:literal, $dim:literal) => {
+            (concat!("attention_decode_", $format, $dim), concat!("attention_merge_", $dim))
+        };
+    }
+    names!(format, head_dim, name)
 }
 
 fn check_heads(heads: Heads) -> Result<(), CudaError> {
@@ -326,6 +409,13 @@ pub fn rope_kv(kernels: &Kernels, op: &RopeKv<'_>, n: usize) -> Result<(), CudaE
     if op.n_rot > head_dim || !op.n_rot.is_multiple_of(2) || op.positions.len() < n || op.slots.len() < n {
         return Err(contract("rotation", format!("an even part of {head_dim}, {n} positions and slots"), op.n_rot));
     }
+    if op.q_out.len() < n * n_heads * head_dim {
+        return Err(contract("q_out", format!("{n} rows of {}", n_heads * head_dim), op.q_out.len()));
+    }
+    if let Some((q, k, _)) = op.norm.filter(|(q, k, _)| q.len() != head_dim || k.len() != head_dim) {
+        return Err(contract("norm", format!("{head_dim} weights twice"), format!("{} and {}", q.len(), k.len())));
+    }
+    op.kv.check(op.heads)?;
     let args = RopeKvArgs {
         qkv: op.qkv.ptr(),
         table: op.table.ptr(),
@@ -352,9 +442,10 @@ pub fn rope_kv(kernels: &Kernels, op: &RopeKv<'_>, n: usize) -> Result<(), CudaE
         shared_bytes: 0,
         overlap: true,
     };
+    let name = if op.kv.format == KvFormat::F16 { "rope_kv" } else { "rope_kv_q8" };
     // SAFETY: RopeKvArgs mirrors the kernel's parameter; the checks above held the buffers against the shapes, and slots and
     // positions are validated where the batch is made.
-    unsafe { kernels.get("rope_kv", "rope_kv", 0)?.launch(kernels.gpu(), launch, Args::new().with(args)) }
+    unsafe { kernels.get("rope_kv", name, 0)?.launch(kernels.gpu(), launch, Args::new().with(args)) }
 }
 
 fn contract(what: &str, expected: impl ToString, found: impl ToString) -> CudaError {

@@ -1,6 +1,6 @@
 //! Products `y = W x`: a small kernel for up to 8 columns, a large one for more, the same bits from both.
 
-use super::matrix::{HalfRows, Kind, Matrix, Planes};
+use super::matrix::{HalfRows, Kind, Matrix, Planes, TILE_ROWS, TileShape};
 use crate::arena::Buffer;
 use crate::error::CudaError;
 use crate::kernels::{Args, Kernels, Launch};
@@ -26,7 +26,7 @@ pub enum Output {
     Add(Rows<f32>),
     /// `y = out` in f16, saturating.
     StoreHalf(HalfRows),
-    /// `y = gate(out of the gate rows, out of the up rows)` in f16, for interleaved matrices and few columns.
+    /// `y = gate(out of the gate rows, out of the up rows)` in f16, for gated matrices.
     Gated(HalfRows, Gate),
 }
 
@@ -53,6 +53,16 @@ pub enum Gate {
     },
 }
 
+impl Gate {
+    /// The kernels' `alpha` and `limit`; no limit is none.
+    pub(crate) fn numbers(self) -> (f32, f32) {
+        match self {
+            Gate::SwiGlu => (1.0, 0.0),
+            Gate::Clamped { alpha, limit } => (alpha, limit),
+        }
+    }
+}
+
 /// Which matrix of a stack each product uses, on the device.
 #[derive(Debug, Clone)]
 pub enum Experts {
@@ -65,12 +75,13 @@ pub enum Experts {
         /// Jobs per row of x.
         per_row: usize,
     },
-    /// Many rows: column `c` is row `gather[c]` of x (none if negative) with matrix `mats[c / column_tile]`.
+    /// Many rows: column `c` is row `gather[c]` of x (none if negative; row `c` without a gather) with matrix
+    /// `mats[c / column_tile]`.
     Tiles {
         /// `[n / column_tile]`, negative for tiles without work.
         mats: Buffer<i32>,
         /// `[n]`.
-        gather: Buffer<i32>,
+        gather: Option<Buffer<i32>>,
         /// Columns that share a matrix: 32, 64 or 128.
         column_tile: usize,
     },
@@ -95,6 +106,17 @@ pub struct Product<'a> {
     pub output: Output,
 }
 
+/// Rows that a product of few columns normalises itself: [`Product::launch_normalised`].
+#[derive(Debug, Clone)]
+pub struct NormInput<'a> {
+    /// f32 `[n, n_cols]`.
+    pub x: &'a Buffer<f32>,
+    /// f32 `[n_cols]`.
+    pub weight: &'a Buffer<f32>,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct MatmulArgs {
@@ -107,6 +129,10 @@ struct MatmulArgs {
     gather: u64,
     partial: u64,
     out_scale: f32,
+    x_full: u64,
+    norm_weight: u64,
+    norm_eps: f32,
+    n_cols: i32,
     alpha: f32,
     limit: f32,
     n_rows: i32,
@@ -165,43 +191,83 @@ pub fn plan(n_stripes: usize, n_tiles: usize, n: usize, n_sms: usize, column_til
     Plan::Large { columns, splits }
 }
 
-/// f32 elements of work space that a product of `n` columns may need.
-pub fn partial_len(n_stripes: usize, n_tiles: usize, n: usize, n_sms: usize, column_tile: Option<usize>) -> usize {
-    match plan(n_stripes, n_tiles, n, n_sms, column_tile) {
-        Plan::Large { splits, .. } if splits > 1 => splits * n * n_stripes * super::matrix::TILE_ROWS,
-        _ => 0,
+impl Plan {
+    /// f32 elements of work space for `n` columns.
+    fn partial_len(self, shape: TileShape, n: usize) -> usize {
+        match self {
+            Plan::Large { splits, .. } if splits > 1 => splits * n * shape.n_stripes * TILE_ROWS,
+            _ => 0,
+        }
     }
 }
 
+/// f32 elements of work space that a product of `n` columns may need.
+pub fn partial_len(shape: TileShape, n: usize, n_sms: usize, column_tile: Option<usize>) -> usize {
+    plan(shape.n_stripes, shape.n_tiles, n, n_sms, column_tile).partial_len(shape, n)
+}
+
 impl Product<'_> {
+    fn plan(&self, kernels: &Kernels) -> Plan {
+        let shape = self.matrix.shape();
+        let (n, column_tile) = match &self.experts {
+            Experts::One => (self.n, None),
+            Experts::Jobs { .. } => (1, None),
+            Experts::Tiles { column_tile, .. } => (self.n, Some(*column_tile)),
+        };
+        plan(shape.n_stripes, shape.n_tiles, n, kernels.gpu().info().n_sms as usize, column_tile)
+    }
+
+    /// f32 elements of work space that [`Product::launch`] needs.
+    pub fn partial_len(&self, kernels: &Kernels) -> usize {
+        self.plan(kernels).partial_len(self.matrix.shape(), self.n)
+    }
+
     /// Enqueues the product. `partial` is work space of at least [`partial_len`] elements.
     ///
     /// # Errors
     /// [`CudaError::Contract`] for shapes that do not go together; a failed launch.
     pub fn launch(&self, kernels: &Kernels, partial: &Buffer<f32>) -> Result<(), CudaError> {
         self.check()?;
-        let shape = self.matrix.shape();
-        let n_sms = kernels.gpu().info().n_sms as usize;
-        let column_tile = match &self.experts {
-            Experts::Tiles { column_tile, .. } => Some(*column_tile),
-            _ => None,
-        };
-        let few = matches!(self.experts, Experts::Jobs { .. });
-        match plan(shape.n_stripes, shape.n_tiles, if few { 1 } else { self.n }, n_sms, column_tile) {
-            Plan::Small { n_chunks } => self.launch_small(kernels, n_chunks),
+        match self.plan(kernels) {
+            Plan::Small { n_chunks } => self.launch_small(kernels, n_chunks, None),
             Plan::Large { columns, splits } => self.launch_large(kernels, columns, splits, partial),
         }
     }
 
-    fn launch_small(&self, kernels: &Kernels, n_chunks: usize) -> Result<(), CudaError> {
-        let gated = self.matrix.is_gated();
-        let kernel = kernels.get("matmul_small", small_name(self.matrix.kind(), gated), 0)?;
-        let stripes = self.matrix.shape().n_stripes / if gated { 2 } else { 1 };
-        let jobs = if matches!(self.experts, Experts::Jobs { .. }) { self.n } else { 1 };
-        let mut launch = Launch::new((stripes as u32, jobs as u32, 1), (32, n_chunks as u32, 1));
+    /// Enqueues the product of rows that the kernel normalises itself, instead of `x`; the same bits as [`super::norm::rms_norm`]
+    /// and the product of what it gives. Only where [`Product::can_normalise`].
+    ///
+    /// # Errors
+    /// As [`Product::launch`].
+    pub fn launch_normalised(&self, kernels: &Kernels, norm: &NormInput<'_>) -> Result<(), CudaError> {
+        self.check()?;
+        let n_cols = self.matrix.n_cols();
+        if norm.weight.len() != n_cols || norm.x.len() < self.n * n_cols || !self.can_normalise() {
+            let expected = format!("up to {SMALL_COLUMNS} rows of {n_cols} for one matrix");
+            let found = format!("{} of {}", norm.x.len(), norm.weight.len());
+            return Err(contract("rows to normalise", expected, found));
+        }
+        self.launch_small(kernels, chunks(self.matrix.shape().n_tiles), Some(norm))
+    }
+
+    /// Whether [`Product::launch_normalised`] takes this product: few columns of one matrix that fit into shared memory.
+    pub fn can_normalise(&self) -> bool {
+        let one = matches!(self.experts, Experts::One);
+        one && self.n <= SMALL_COLUMNS && staged_bytes(self.matrix.shape().n_tiles, self.n).is_some()
+    }
+
+    fn launch_small(&self, kernels: &Kernels, n_chunks: usize, norm: Option<&NormInput<'_>>) -> Result<(), CudaError> {
+        let shape = self.matrix.shape();
+        let (jobs, columns) = if matches!(self.experts, Experts::Jobs { .. }) { (self.n, 1) } else { (1, self.n) };
+        let staged = staged_bytes(shape.n_tiles, columns);
+        let name = small_name(self.matrix.kind(), staged.is_some());
+        let kernel = kernels.get("matmul_small", name, STAGED_BYTES)?;
+        let n_blocks = small_blocks(shape.n_stripes, jobs, kernels.gpu().info().n_sms as usize);
+        let mut launch = Launch::new((n_blocks as u32, jobs as u32, 1), (32, n_chunks as u32, 1));
+        launch.shared_bytes = staged.unwrap_or(0);
         launch.overlap = true;
         // SAFETY: MatmulArgs mirrors the kernel's parameter; `check` held every buffer against the shapes.
-        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(self.args(0))) }
+        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(self.args(0, norm))) }
     }
 
     fn launch_large(
@@ -212,7 +278,7 @@ impl Product<'_> {
         partial: &Buffer<f32>,
     ) -> Result<(), CudaError> {
         let shape = self.matrix.shape();
-        let needed = if splits > 1 { splits * self.n * shape.n_stripes * super::matrix::TILE_ROWS } else { 0 };
+        let needed = Plan::Large { columns, splits }.partial_len(shape, self.n);
         if partial.len() < needed {
             return Err(contract("partial", format!("{needed} elements"), partial.len()));
         }
@@ -222,11 +288,11 @@ impl Product<'_> {
         let mut launch = Launch::new((row_blocks, self.n.div_ceil(columns) as u32, splits as u32), (256, 1, 1));
         launch.shared_bytes = shared_bytes;
         launch.overlap = true;
-        let args = self.args(partial.ptr());
+        let args = self.args(partial.ptr(), None);
         // SAFETY: as above; `partial` holds the sums of every chunk.
         unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args))? };
         if splits > 1 {
-            let rows = shape.n_stripes * super::matrix::TILE_ROWS;
+            let rows = shape.n_stripes * TILE_ROWS;
             let mut launch = Launch::new((rows.div_ceil(256) as u32, self.n as u32, 1), (256, 1, 1));
             launch.overlap = true;
             let reduce = kernels.get("matmul_large", "matmul_reduce", 0)?;
@@ -237,7 +303,7 @@ impl Product<'_> {
         Ok(())
     }
 
-    fn args(&self, partial: u64) -> MatmulArgs {
+    fn args(&self, partial: u64, norm: Option<&NormInput<'_>>) -> MatmulArgs {
         let shape = self.matrix.shape();
         let ptr = |buffer: Option<&Buffer<f32>>| buffer.map_or(0, Buffer::ptr);
         let (y, y_stride, epilogue) = match &self.output {
@@ -247,13 +313,13 @@ impl Product<'_> {
             Output::Gated(rows, _) => (rows.data.ptr(), rows.stride, 3),
         };
         let (alpha, limit) = match &self.output {
-            Output::Gated(_, Gate::Clamped { alpha, limit }) => (*alpha, *limit),
+            Output::Gated(_, gate) => gate.numbers(),
             _ => (1.0, 0.0),
         };
         let (mat_of, gather, jobs_per_row) = match &self.experts {
             Experts::One => (0, 0, 1),
             Experts::Jobs { mats, per_row } => (mats.ptr(), 0, *per_row),
-            Experts::Tiles { mats, gather, .. } => (mats.ptr(), gather.ptr(), 1),
+            Experts::Tiles { mats, gather, .. } => (mats.ptr(), gather.as_ref().map_or(0, Buffer::ptr), 1),
         };
         MatmulArgs {
             w: self.matrix.planes(),
@@ -265,6 +331,10 @@ impl Product<'_> {
             gather,
             partial,
             out_scale: self.matrix.out_scale(),
+            x_full: norm.map_or(0, |norm| norm.x.ptr()),
+            norm_weight: norm.map_or(0, |norm| norm.weight.ptr()),
+            norm_eps: norm.map_or(0.0, |norm| norm.eps),
+            n_cols: self.matrix.n_cols() as i32,
             alpha,
             limit,
             n_rows: self.matrix.n_rows() as i32,
@@ -292,7 +362,8 @@ impl Product<'_> {
         let x_rows = match &self.experts {
             Experts::One => self.n,
             Experts::Jobs { per_row, .. } => self.n.div_ceil(*per_row),
-            Experts::Tiles { .. } => 1,
+            Experts::Tiles { gather: None, .. } => self.n,
+            Experts::Tiles { gather: Some(_), .. } => 1,
         };
         if self.x.data.len() < x_rows * self.x.stride {
             return Err(contract("x", format!("{x_rows} rows of {}", self.x.stride), self.x.data.len()));
@@ -301,7 +372,7 @@ impl Product<'_> {
             Output::Store(rows) | Output::Add(rows) => (rows.data.len(), rows.stride),
             Output::StoreHalf(rows) | Output::Gated(rows, _) => (rows.data.len(), rows.stride),
         };
-        if stride < self.matrix.n_rows() || len < self.n * stride {
+        if stride < self.matrix.n_rows() || len < (self.n - 1) * stride + self.matrix.n_rows() {
             return Err(contract(
                 "y",
                 format!("{} rows of {} or more", self.n, self.matrix.n_rows()),
@@ -312,8 +383,8 @@ impl Product<'_> {
         if gated != self.matrix.is_gated() {
             return Err(contract(
                 "output",
-                "gated for interleaved matrices and for no others",
-                format!("{:?}", self.matrix.is_gated()),
+                "gated for gated matrices and for no others",
+                format!("a matrix that is {}gated", if gated { "not " } else { "" }),
             ));
         }
         for bias in self.bias.iter().chain(&self.bias_up) {
@@ -326,14 +397,14 @@ impl Product<'_> {
             Experts::One => Ok(()),
             Experts::Jobs { mats, .. } if mats.len() < self.n => Err(contract("experts", self.n, mats.len())),
             Experts::Tiles { mats, gather, column_tile }
-                if gather.len() < self.n
+                if gather.as_ref().is_some_and(|gather| gather.len() < self.n)
                     || mats.len() < self.n.div_ceil(*column_tile)
                     || ![32, 64, 128].contains(column_tile) =>
             {
                 Err(contract(
                     "experts",
                     format!("{} columns in tiles of 32, 64 or 128", self.n),
-                    format!("{} in tiles of {column_tile}", gather.len()),
+                    format!("{} tiles of {column_tile}", mats.len()),
                 ))
             }
             _ => Ok(()),
@@ -349,23 +420,37 @@ fn contract(what: &str, expected: impl ToString, found: impl ToString) -> CudaEr
     }
 }
 
-fn small_name(kind: Kind, gated: bool) -> &'static str {
-    match (kind, gated) {
-        (Kind::F16, false) => "matmul_small_f16",
-        (Kind::Q8, false) => "matmul_small_q8",
-        (Kind::Q4, false) => "matmul_small_q4",
-        (Kind::Q4G16, false) => "matmul_small_q4g16",
-        (Kind::Mx4, false) => "matmul_small_mx4",
-        (Kind::Q5, false) => "matmul_small_q5",
-        (Kind::Q6, false) => "matmul_small_q6",
-        (Kind::F16, true) => "matmul_small_gated_f16",
-        (Kind::Q8, true) => "matmul_small_gated_q8",
-        (Kind::Q4, true) => "matmul_small_gated_q4",
-        (Kind::Q4G16, true) => "matmul_small_gated_q4g16",
-        (Kind::Mx4, true) => "matmul_small_gated_mx4",
-        (Kind::Q5, true) => "matmul_small_gated_q5",
-        (Kind::Q6, true) => "matmul_small_gated_q6",
-    }
+/// Most bytes of activations that a block of the small kernel keeps: two blocks share a multiprocessor.
+const STAGED_BYTES: u32 = 96 << 10;
+/// Blocks of the small kernel that a multiprocessor holds at once.
+const SMALL_BLOCKS: usize = 2;
+
+/// Shared memory for `n` rows of activations, if that is not too much. Mirrors `shared_stride`.
+fn staged_bytes(n_tiles: usize, n: usize) -> Option<u32> {
+    let bytes = n * (n_tiles * super::matrix::TILE_K + 8) * 2;
+    u32::try_from(bytes).ok().filter(|bytes| *bytes <= STAGED_BYTES)
+}
+
+/// Blocks that share the stripes of each job: as many as the device holds at once, each with as many stripes as the others.
+fn small_blocks(n_stripes: usize, jobs: usize, n_sms: usize) -> usize {
+    let most = (SMALL_BLOCKS * n_sms / jobs).max(1);
+    let rounds = n_stripes.div_ceil(most);
+    n_stripes.div_ceil(rounds)
+}
+
+macro_rules! small_names {
+    ($kind:expr, $staged:expr, $($variant:ident $text:literal),*) => {
+        match ($kind, $staged) {
+            $(
+                (Kind::$variant, true) => concat!("matmul_small_", $text),
+                (Kind::$variant, false) => concat!("matmul_small_wide_", $text),
+            )*
+        }
+    };
+}
+
+fn small_name(kind: Kind, staged: bool) -> &'static str {
+    small_names!(kind, staged, F16 "f16", Q8 "q8", Q4 "q4", Q4G16 "q4g16", Mx4 "mx4", Q5 "q5", Q6 "q6")
 }
 
 macro_rules! large_names {
@@ -414,6 +499,16 @@ mod tests {
             assert!((1..=MAX_CHUNKS).contains(&n));
             assert!((n - 1) * chunk_tiles(n_tiles) < n_tiles, "no chunk of {n_tiles} is empty");
         }
+    }
+
+    #[test]
+    fn blocks_of_the_small_kernel_share_the_stripes_evenly() {
+        assert_eq!(small_blocks(56, 1, 132), 56);
+        assert_eq!(small_blocks(1792, 1, 132), 256); // seven each
+        assert_eq!(small_blocks(360, 4, 132), 60); // six each, four jobs side by side
+        assert_eq!(small_blocks(1, 1000, 132), 1);
+        assert_eq!(staged_bytes(64, 8), Some(8 * 4104 * 2));
+        assert_eq!(staged_bytes(224, 8), None);
     }
 
     #[test]

@@ -118,7 +118,7 @@ impl Format {
 }
 
 /// Shape of a matrix in tiles: `n_mats` matrices of `n_stripes` stripes of `n_tiles` tiles.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TileShape {
     /// Stacked matrices (experts).
     pub n_mats: usize,
@@ -135,9 +135,25 @@ impl TileShape {
     }
 }
 
-/// Bytes that a matrix of this shape and kind takes: what [`Matrix::new`] allocates, alignment aside.
+fn row_step(layout: Layout) -> usize {
+    match layout {
+        Layout::Stacked => TILE_ROWS,
+        Layout::Gated => TILE_ROWS / 2,
+    }
+}
+
+/// The shape of `n_mats` matrices of `n_cols` columns made of `parts`.
+pub fn tile_shape(parts: &[Part], layout: Layout, n_cols: usize, n_mats: usize) -> TileShape {
+    let n_stripes = match layout {
+        Layout::Stacked => parts.iter().map(|part| part.n_rows.div_ceil(TILE_ROWS)).sum(),
+        Layout::Gated => parts.first().map_or(0, |part| part.n_rows.div_ceil(TILE_ROWS / 2)),
+    };
+    TileShape { n_mats, n_stripes, n_tiles: n_cols.div_ceil(TILE_K) }
+}
+
+/// Bytes that a matrix of this shape and kind takes in an arena: what [`Matrix::new`] allocates.
 pub fn matrix_bytes(kind: Kind, shape: TileShape) -> u64 {
-    kind.plane_bytes().iter().map(|b| (b * shape.count()) as u64).sum()
+    kind.plane_bytes().iter().map(|b| ((b * shape.count()) as u64).next_multiple_of(crate::arena::ALIGN)).sum()
 }
 
 /// Rows joined into one matrix, as one product computes them.
@@ -145,8 +161,8 @@ pub fn matrix_bytes(kind: Kind, shape: TileShape) -> u64 {
 pub enum Layout {
     /// Parts one below the other, each padded to whole stripes.
     Stacked,
-    /// Two parts of the same shape, stripe by stripe in turn: gate and up.
-    Interleaved,
+    /// Two parts of the same shape, gate and up: stripes of 8 rows of the one above 8 rows of the other.
+    Gated,
 }
 
 /// One part of a matrix: rows encoded in a format.
@@ -175,17 +191,29 @@ pub struct Matrix {
 #[repr(C)]
 struct RepackArgs {
     source: u64,
+    second: u64,
     lo: u64,
     hi: u64,
     scale: u64,
     row_bytes: u64,
+    first_stripe: u64,
     n_rows: i32,
     n_cols: i32,
     n_tiles: i32,
-    n_stripes: i32,
-    stripe_first: i32,
-    stripe_step: i32,
     factor: f32,
+}
+
+/// Rows of one part of one matrix of a stack, in the order of the source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowRange {
+    /// Which part; 0 for gated parts, which are filled together.
+    pub part: usize,
+    /// Which matrix of the stack.
+    pub mat: usize,
+    /// First row: a multiple of [`Matrix::row_step`].
+    pub first: usize,
+    /// Rows; a multiple of [`Matrix::row_step`] unless they are the last.
+    pub n_rows: usize,
 }
 
 /// Addresses of a matrix's planes. Mirrors `Planes` of `tiles.cuh`.
@@ -212,15 +240,16 @@ impl Matrix {
         n_mats: usize,
     ) -> Result<Matrix, CudaError> {
         let kind = Self::common_kind(what, parts, layout, n_cols)?;
-        let stripes = |part: &Part| part.n_rows.div_ceil(TILE_ROWS);
+        let shape = tile_shape(parts, layout, n_cols, n_mats);
         let firsts = parts.iter().scan(0, |next, part| {
             let first = *next;
-            *next += stripes(part);
+            *next += part.n_rows.div_ceil(TILE_ROWS);
             Some((first, part.n_rows))
         });
-        let part_rows = firsts.collect();
-        let n_stripes = parts.iter().map(stripes).sum();
-        let shape = TileShape { n_mats, n_stripes, n_tiles: n_cols.div_ceil(TILE_K) };
+        let parts = match layout {
+            Layout::Stacked => firsts.collect(),
+            Layout::Gated => vec![(0, parts[0].n_rows)],
+        };
         let [lo, hi, scale] = kind.plane_bytes().map(|bytes| bytes * shape.count());
         let plane = |bytes: usize| if bytes == 0 { Ok(None) } else { arena.alloc::<u8>(bytes, what).map(Some) };
         let lo = arena.alloc(lo, what)?;
@@ -228,7 +257,30 @@ impl Matrix {
         if let Some(hi) = &hi {
             hi.zero()?; // bits are put in with OR
         }
-        Ok(Matrix { kind, shape, n_cols, layout, parts: part_rows, lo, hi, scale })
+        Ok(Matrix { kind, shape, n_cols, layout, parts, lo, hi, scale })
+    }
+
+    /// One of several stacked parts as a matrix of its own; shares the memory.
+    ///
+    /// # Panics
+    /// If the parts are gated, there are several matrices, or no such part.
+    pub fn part(&self, part: usize) -> Matrix {
+        assert!(self.layout == Layout::Stacked && self.shape.n_mats == 1, "parts of one stacked matrix");
+        let (first, n_rows) = self.parts[part];
+        let shape = TileShape { n_stripes: n_rows.div_ceil(TILE_ROWS), ..self.shape };
+        let [lo, hi, scale] = self.kind.plane_bytes();
+        let cut = |plane: &Buffer<u8>, bytes: usize| {
+            let tile = bytes * self.shape.n_tiles;
+            plane.slice(first * tile..(first + shape.n_stripes) * tile)
+        };
+        Matrix {
+            shape,
+            parts: vec![(0, n_rows)],
+            lo: cut(&self.lo, lo),
+            hi: self.hi.as_ref().map(|plane| cut(plane, hi)),
+            scale: self.scale.as_ref().map(|plane| cut(plane, scale)),
+            ..self.clone()
+        }
     }
 
     fn common_kind(what: &str, parts: &[Part], layout: Layout, n_cols: usize) -> Result<Kind, CudaError> {
@@ -238,7 +290,7 @@ impl Matrix {
             found,
         };
         let first = parts.first().ok_or_else(|| contract("at least one part", "none".into()))?;
-        if layout == Layout::Interleaved && (parts.len() != 2 || parts[0].n_rows != parts[1].n_rows) {
+        if layout == Layout::Gated && (parts.len() != 2 || parts[0].n_rows != parts[1].n_rows) {
             return Err(contract("two parts of as many rows", format!("{parts:?}")));
         }
         for part in parts {
@@ -252,48 +304,100 @@ impl Matrix {
         Ok(first.format.kind)
     }
 
-    /// Enqueues the repacking of one part from encoded rows in device memory: `n_mats * n_rows` rows.
+    /// Rows of the source that a stripe takes of each part.
+    pub fn row_step(&self) -> usize {
+        row_step(self.layout)
+    }
+
+    /// Enqueues the repacking of some rows from encoded rows in device memory; of a gated matrix `sources` are the rows of the
+    /// gate and those of up, of another it is one buffer.
     ///
     /// # Errors
-    /// [`CudaError::Contract`] if the source's size or format is not the part's; a failed launch.
-    pub fn fill(&self, kernels: &Kernels, part: usize, format: Format, source: &Buffer<u8>) -> Result<(), CudaError> {
-        let (first, n_rows) = self.parts[part];
+    /// [`CudaError::Contract`] if the rows, the sources' size or the format are not the part's; a failed launch.
+    pub fn fill_rows(
+        &self,
+        kernels: &Kernels,
+        rows: RowRange,
+        format: Format,
+        sources: &[&Buffer<u8>],
+    ) -> Result<(), CudaError> {
+        let (first_stripe, part_rows) = self.parts[rows.part];
+        let step = self.row_step();
         let row_bytes = format.row_bytes(self.n_cols).unwrap_or(0);
-        let expected = self.shape.n_mats * n_rows * row_bytes;
-        if format.kind != self.kind || source.len() != expected || expected == 0 {
+        let expected = rows.n_rows * row_bytes;
+        let whole = rows.first.is_multiple_of(step)
+            && rows.n_rows > 0
+            && (rows.n_rows.is_multiple_of(step) || rows.first + rows.n_rows == part_rows)
+            && rows.first + rows.n_rows <= part_rows
+            && rows.mat < self.shape.n_mats;
+        let n_sources = if self.is_gated() { 2 } else { 1 };
+        if format.kind != self.kind
+            || !whole
+            || sources.len() != n_sources
+            || sources.iter().any(|s| s.len() != expected)
+        {
             return Err(CudaError::Contract {
                 op: "Matrix::fill".into(),
-                expected: format!("{expected} bytes of kind {:?}", self.kind),
-                found: format!("{} bytes of {}", source.len(), format.name),
+                expected: format!(
+                    "{n_sources} x {expected} bytes of kind {:?}, whole stripes of {part_rows} rows",
+                    self.kind
+                ),
+                found: format!(
+                    "{rows:?}: {:?} bytes of {}",
+                    sources.iter().map(|s| s.len()).collect::<Vec<_>>(),
+                    format.name
+                ),
             });
         }
-        let (stripe_first, stripe_step) = match self.layout {
-            Layout::Stacked => (first, 1),
-            Layout::Interleaved => (part, 2),
-        };
         let planes = self.planes();
         let args = RepackArgs {
-            source: source.ptr(),
+            source: sources[0].ptr(),
+            second: sources.get(1).map_or(0, |s| s.ptr()),
             lo: planes.lo,
             hi: planes.hi,
             scale: planes.scale,
             row_bytes: row_bytes as u64,
-            n_rows: n_rows as i32,
+            first_stripe: (rows.mat * self.shape.n_stripes + first_stripe + rows.first / step) as u64,
+            n_rows: rows.n_rows as i32,
             n_cols: self.n_cols as i32,
             n_tiles: self.shape.n_tiles as i32,
-            n_stripes: self.shape.n_stripes as i32,
-            stripe_first: stripe_first as i32,
-            stripe_step,
             factor: self.kind.factor(),
         };
-        let stripes = n_rows.div_ceil(TILE_ROWS) as u32;
-        let grid = ((2 * self.shape.n_tiles).div_ceil(8) as u32, stripes, self.shape.n_mats as u32);
+        let grid = ((2 * self.shape.n_tiles).div_ceil(8) as u32, rows.n_rows.div_ceil(step) as u32, 1);
         let kernel = kernels.get("repack", format.kernel, 0)?;
-        // SAFETY: RepackArgs mirrors the kernel's parameter; source and planes are as large as the shapes say.
+        // SAFETY: RepackArgs mirrors the kernel's parameter; sources and planes are as large as the shapes say.
         unsafe { kernel.launch(kernels.gpu(), Launch::new(grid, (8, 8, 1)), Args::new().with(args)) }
     }
 
-    /// The weights as f32 `[n_mats, n_rows of all parts padded to 16, n_cols]`, exactly as the products see them: for tests.
+    /// [`Matrix::fill_rows`] for all rows of a part of every matrix, from sources that hold all of them.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn fill(
+        &self,
+        kernels: &Kernels,
+        part: usize,
+        format: Format,
+        sources: &[&Buffer<u8>],
+    ) -> Result<(), CudaError> {
+        let n_rows = self.parts[part].1;
+        let bytes = n_rows * format.row_bytes(self.n_cols).unwrap_or(0);
+        for source in sources {
+            if source.len() != self.shape.n_mats * bytes {
+                let (expected, found) =
+                    (format!("{} x {bytes} bytes", self.shape.n_mats), format!("{} bytes", source.len()));
+                return Err(CudaError::Contract { op: "Matrix::fill".into(), expected, found });
+            }
+        }
+        for mat in 0..self.shape.n_mats {
+            let cut: Vec<Buffer<u8>> = sources.iter().map(|s| s.slice(mat * bytes..(mat + 1) * bytes)).collect();
+            let rows = RowRange { part, mat, first: 0, n_rows };
+            self.fill_rows(kernels, rows, format, &cut.iter().collect::<Vec<_>>())?;
+        }
+        Ok(())
+    }
+
+    /// The weights as f32 `[n_mats, 16 rows a stripe, n_cols]`, exactly as the products see them: for tests.
     ///
     /// # Errors
     /// [`CudaError::Contract`] if `out` has another size; a failed launch.
@@ -346,12 +450,12 @@ impl Matrix {
         self.shape.n_tiles * TILE_K
     }
 
-    /// Rows of the product: of all parts with their padding, or of one of two interleaved parts.
+    /// Rows of the product: of all parts with their padding, or of one of two gated parts.
     pub fn n_rows(&self) -> usize {
         match self.layout {
             Layout::Stacked if self.parts.len() == 1 => self.parts[0].1,
             Layout::Stacked => self.shape.n_stripes * TILE_ROWS,
-            Layout::Interleaved => self.parts[0].1,
+            Layout::Gated => self.parts[0].1,
         }
     }
 
@@ -360,9 +464,9 @@ impl Matrix {
         self.parts[part].0 * TILE_ROWS
     }
 
-    /// Whether gate and up are interleaved.
+    /// Whether it holds gate and up.
     pub fn is_gated(&self) -> bool {
-        self.layout == Layout::Interleaved
+        self.layout == Layout::Gated
     }
 
     /// The power of two that undoes the scales' factor.

@@ -1,5 +1,10 @@
 //! Launchers: each checks its contract, chooses a configuration in a pure function, and enqueues one kernel.
 
 pub mod attention;
+pub mod embed;
+pub mod gate;
 pub mod matmul;
 pub mod matrix;
+pub mod moe;
+pub mod norm;
+pub mod sample;

@@ -1,6 +1,9 @@
 //! What the GPU tests share: the device if there is one, random numbers, comparisons.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub(crate) mod formats;
+pub(crate) mod kv;
+
 use playhouse_cuda::arena::{Arena, Buffer, Element};
 use playhouse_cuda::gpu::{Gpu, visible_gpus};
 use playhouse_cuda::kernels::Kernels;

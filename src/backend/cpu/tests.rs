@@ -3,7 +3,7 @@
 use super::lanes::{self, Isa, Portable};
 use super::matmul::{self, Mat};
 use super::{CpuBackend, math};
-use crate::backend::{Backend, BackendError, WeightSource};
+use crate::backend::{Backend, BackendError, WeightSource, WeightUse};
 use crate::dtype::DType;
 use crate::gguf::TensorBytes;
 
@@ -189,7 +189,7 @@ fn exp_is_within_two_ulp_and_the_same_everywhere() {
 
 fn source(name: &str, dtype: DType, shape: (usize, usize, usize), bytes: Vec<u8>) -> WeightSource<'_> {
     let (n_mats, n_rows, n_cols) = shape;
-    WeightSource { name, dtype, n_mats, n_rows, n_cols, bytes: TensorBytes::from_vec(bytes) }
+    WeightSource { name, dtype, n_mats, n_rows, n_cols, bytes: TensorBytes::from_vec(bytes), uses: WeightUse::ANY }
 }
 
 #[test]
@@ -227,7 +227,15 @@ fn tied_weights_count_once() {
     let mut cpu = CpuBackend::with_threads(1);
     let bytes = TensorBytes::from_vec(vec![0; 3 * 34]);
     for name in ["token_embd.weight", "output.weight"] {
-        let source = WeightSource { name, dtype: DType::Q8_0, n_mats: 1, n_rows: 3, n_cols: 32, bytes: bytes.clone() };
+        let source = WeightSource {
+            name,
+            dtype: DType::Q8_0,
+            n_mats: 1,
+            n_rows: 3,
+            n_cols: 32,
+            bytes: bytes.clone(),
+            uses: WeightUse::ANY,
+        };
         cpu.weight(source).unwrap();
     }
     assert_eq!(cpu.memory().weights, 3 * 34);

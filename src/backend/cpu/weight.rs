@@ -30,7 +30,7 @@ enum Data {
 impl CpuWeight {
     /// Checks the source's sizes and takes hold of its bytes.
     pub(super) fn new(source: WeightSource<'_>) -> Result<Self, BackendError> {
-        let WeightSource { name, dtype, n_mats, n_rows, n_cols, bytes } = source;
+        let WeightSource { name, dtype, n_mats, n_rows, n_cols, bytes, .. } = source;
         let refuse = |reason: String| BackendError::Unsupported { device: "cpu".into(), tensor: name.into(), reason };
         let row_bytes = dtype.row_bytes(n_cols).ok_or_else(|| {
             refuse(format!("rows of {n_cols} elements are no whole number of {} blocks", dtype.name()))

@@ -25,8 +25,9 @@ pub use mask::TokenMask;
 pub use philox::{philox4x32_10, random_u64};
 pub use weight::{WEIGHT_ONE, exp_nonpositive, weight};
 
+use crate::backend::{SampleRow, Sampled};
 use penalties::History;
-use playhouse_actors::engine::{SamplingParams, TokenLogprobs};
+use playhouse_actors::engine::{Logprob, SamplingParams, TokenLogprobs};
 
 /// Why a row of logits gives no token. The request fails, the engine is well.
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
@@ -64,6 +65,25 @@ pub struct Chosen {
     pub logprobs: Option<TokenLogprobs>,
 }
 
+impl Chosen {
+    /// What a device chose.
+    ///
+    /// # Errors
+    /// [`SampleError`].
+    pub fn on_device(sampled: Sampled) -> Result<Chosen, SampleError> {
+        match sampled {
+            Sampled::Token { token, logprobs } => {
+                let listed = |(token, logprob)| Logprob { token, logprob };
+                let logprobs =
+                    logprobs.map(|(chosen, top)| TokenLogprobs { chosen, top: top.into_iter().map(listed).collect() });
+                Ok(Chosen { token, logprobs })
+            }
+            Sampled::NotFinite { token, found } => Err(SampleError::NotFinite { token, found }),
+            Sampled::NothingToChoose => Err(SampleError::NothingToChoose),
+        }
+    }
+}
+
 /// The sampler of one sequence: its parameters and what the penalties must know of its tokens.
 #[derive(Debug, Clone)]
 pub struct Sampler {
@@ -77,6 +97,15 @@ impl Sampler {
         let mut sampler = Self { params: params.clone(), history: History::new(params, prompt) };
         emitted.iter().for_each(|&token| sampler.push(token));
         sampler
+    }
+
+    /// The row as a device samples it; `None` if it needs what only the host has: penalties or a mask.
+    pub fn on_device<'a>(&'a self, index: u32, options: RowOptions<'a>) -> Option<SampleRow<'a>> {
+        let SamplingParams { temperature, top_k, top_p, min_p, seed, choice, .. } = self.params;
+        let (bias, forbidden) = (self.params.logit_bias.as_slice(), options.forbidden);
+        let n_logprobs = options.n_logprobs;
+        let row = SampleRow { temperature, top_k, top_p, min_p, seed, choice, index, bias, forbidden, n_logprobs };
+        (options.mask.is_none() && !self.history.is_needed()).then_some(row)
     }
 
     /// Notes an emitted token.

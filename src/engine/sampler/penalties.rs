@@ -16,6 +16,11 @@ pub(super) struct History {
 }
 
 impl History {
+    /// Whether penalties change logits.
+    pub(super) fn is_needed(&self) -> bool {
+        self.is_needed
+    }
+
     /// Of a sequence that has emitted nothing.
     pub(super) fn new(params: &SamplingParams, prompt: &[u32]) -> Self {
         let repetition = params.repetition_penalty != 1.0;
