@@ -7,6 +7,7 @@
 //! cargo bench --bench load -- delay [SECONDS]             what the front adds to a token at 10,000 tokens a second
 //! cargo bench --bench load -- overload [SECONDS]          20 times as many requests as are admitted
 //! cargo bench --bench load -- loris [CONNECTIONS]         connections that never finish their headers
+//! cargo bench --bench load -- serve PORT                  the embedded model behind the front, for other generators
 //! cargo bench --bench load -- URL MODEL RATE SECONDS      open-loop arrivals at a house that runs
 //! ```
 //!
@@ -51,6 +52,7 @@ fn main() {
             Some("delay") => delay(number(1, 10)).await,
             Some("overload") => overload(number(1, 60)).await,
             Some("loris") => loris(number(1, 10_000)).await,
+            Some("serve") => serve(number(1, 7070)).await,
             Some(url) => live(url, words.get(1).copied().unwrap_or("basho"), number(2, 4), number(3, 10)).await,
         }
     });
@@ -76,10 +78,20 @@ async fn null_house(pace: Pace, counts: Counts, emitted: Option<Emitted>, queued
         })
     });
     setup.config.host.limits.queued_requests = queued;
-    setup.config.host.limits.queued_tokens = 1 << 40;
     setup.config.host.limits.stream_events = 256;
     setup.settings.limits.connections = 2048;
     setup.start().await
+}
+
+/// The real engine on the embedded model, until the process is ended.
+async fn serve(port: u64) -> Value {
+    let port = u16::try_from(port).expect("a port");
+    let house = Setup { listen: SocketAddr::from(([127, 0, 0, 1], port)), ..Setup::default() }.start().await;
+    println!("http://{}", house.address);
+    match house.served.await {
+        Ok(Ok(())) => Value::Null,
+        ended => panic!("{ended:?}"),
+    }
 }
 
 /// A stream of tokens, read as bytes: the cost of a client that parses is not the front's.

@@ -433,8 +433,8 @@ async fn a_client_that_goes_away_cancels_its_request() {
             waiting.abort();
         }
         house.wait("free", |status| status.router.as_ref().is_some_and(|r| r.services[0].open_requests == 0)).await;
-        assert_eq!(counts.cancelled.load(Ordering::SeqCst), before + 1, "stream: {stream}");
-        assert_eq!(counts.running.load(Ordering::SeqCst), 0, "its KV is free: stream: {stream}");
+        let is_cancelled = || counts.cancelled.load(Ordering::SeqCst) == before + 1;
+        house.wait("idle", |_| is_cancelled() && counts.running.load(Ordering::SeqCst) == 0).await;
     }
     house.shut_down().await;
 }
@@ -529,6 +529,182 @@ async fn busy_loading_and_draining_say_when_to_come_back() {
     house.shut_down().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn texts_are_held_to_their_form() {
+    let house = Setup::default().start().await;
+    let schema = json!({
+        "type": "object",
+        "properties": {"season": {"enum": ["spring", "autumn"]}},
+        "required": ["season"],
+        "additionalProperties": false,
+    });
+    let mut body = haiku(false);
+    body["response_format"] = json!({"type": "json_schema", "json_schema": {"name": "season", "schema": schema}});
+    let answer = post(house.address, "/v1/chat/completions", &body).send().await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let text = answer.json()["choices"][0]["message"]["content"].as_str().expect("text").to_owned();
+    let value: Value = serde_json::from_str(&text).expect("it is JSON");
+    assert!(value == json!({"season": "spring"}) || value == json!({"season": "autumn"}), "{text}");
+    let completion = json!({"model": "basho", "prompt": "the moon", "guided_regex": "(snow|rain)", "max_tokens": 20});
+    let text = post(house.address, "/v1/completions", &completion).send().await.json()["choices"][0]["text"].clone();
+    assert!(text == "snow" || text == "rain", "{text}");
+    body["response_format"]["json_schema"]["schema"] = json!({"type": "moon"});
+    let wrong = post(house.address, "/v1/chat/completions", &body).send().await;
+    assert_eq!((wrong.status, wrong.error("param")), (400, json!("response_format")));
+    house.shut_down().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn responses_whole_and_streamed() {
+    let house = Setup::default().start().await;
+    let mut body = json!({"model": "basho", "input": "the moon", "seed": 7, "max_output_tokens": 5});
+    let whole = post(house.address, "/v1/responses", &body).send().await.json();
+    assert_eq!((&whole["object"], &whole["status"]), (&json!("response"), &json!("incomplete")));
+    assert_eq!(whole["incomplete_details"]["reason"], "max_output_tokens");
+    let text = whole["output"][0]["content"][0]["text"].as_str().expect("text");
+    assert_eq!(whole["usage"]["output_tokens"], 5);
+    body["stream"] = json!(true);
+    let streamed = post(house.address, "/v1/responses", &body).send().await;
+    let events: Vec<Value> = streamed
+        .text()
+        .split("\n\n")
+        .filter_map(|event| event.split_once("data: "))
+        .map(|(_, data)| serde_json::from_str(data).expect("JSON"))
+        .collect();
+    let kinds: Vec<&str> = events.iter().filter_map(|event| event["type"].as_str()).collect();
+    assert_eq!(
+        kinds[..4],
+        ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"]
+    );
+    assert_eq!(kinds.last(), Some(&"response.incomplete"));
+    let deltas: String = events.iter().filter_map(|event| event["delta"].as_str()).collect();
+    assert_eq!(deltas, text);
+    assert!(events.iter().enumerate().all(|(at, event)| event["sequence_number"] == at));
+    assert_eq!(events.last().expect("events")["response"]["output"][0]["content"][0]["text"], text);
+    body["previous_response_id"] = json!("resp_1");
+    assert_eq!(post(house.address, "/v1/responses", &body).send().await.status, 501);
+    house.shut_down().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn embeddings_have_length_one_in_both_encodings() {
+    use base64::Engine as _;
+    let house = Setup::default().start().await;
+    let ask = async |extra: Value| {
+        let mut body = json!({"model": "basho", "input": ["the moon", "a river"]});
+        body.as_object_mut().expect("object").extend(extra.as_object().expect("object").clone());
+        post(house.address, "/v1/embeddings", &body).send().await
+    };
+    let plain = ask(json!({})).await.json();
+    let values: Vec<f32> = serde_json::from_value(plain["data"][0]["embedding"].clone()).expect("numbers");
+    assert!((values.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-4);
+    assert_ne!(plain["data"][0]["embedding"], plain["data"][1]["embedding"]);
+    let coded = ask(json!({"encoding_format": "base64"})).await.json();
+    let bytes = base64::engine::general_purpose::STANDARD.decode(coded["data"][0]["embedding"].as_str().expect("text"));
+    let decoded: Vec<f32> =
+        bytes.expect("base64").chunks(4).map(|four| f32::from_le_bytes(four.try_into().expect("four"))).collect();
+    assert_eq!(decoded, values);
+    assert_eq!(ask(json!({"dimensions": 8})).await.status, 501);
+    assert_eq!(ask(json!({"encoding_format": "moon"})).await.error("param"), "encoding_format");
+    house.shut_down().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_count_a_known_workload() {
+    let house = Setup::default().start().await;
+    for seed in 0..3 {
+        let body = json!({"model": "basho", "prompt": "the moon", "max_tokens": 8, "seed": seed, "ignore_eos": true, "stream": seed == 1});
+        assert_eq!(post(house.address, "/v1/completions", &body).send().await.status, 200);
+    }
+    assert_eq!(post(house.address, "/v1/completions", &json!({"model": "basho"})).send().await.status, 400);
+    let tokens =
+        post(house.address, "/tokenize", &json!({"content": "the moon", "add_special": true})).send().await.json();
+    let n_prompt = 3 * tokens["count"].as_u64().expect("a count");
+    // What the engine counts comes with its heartbeats.
+    let counted = |status: &playhouse_actors::HouseStatus| {
+        status.devices[0].replicas[0].stats.is_some_and(|stats| stats.decode_tokens == 24)
+    };
+    house.wait("counted", counted).await;
+    let answer = get(house.address, "/metrics").send().await;
+    assert_eq!(answer.header("content-type"), Some("application/openmetrics-text; version=1.0.0; charset=utf-8"));
+    let text = answer.text();
+    assert!(text.ends_with("# EOF\n") && text.matches("# EOF").count() == 1);
+    let value = |series: &str| -> f64 {
+        let line = text.lines().find(|line| line.strip_prefix(series).is_some_and(|rest| rest.starts_with(' ')));
+        let line = line.unwrap_or_else(|| panic!("no {series} in\n{text}"));
+        line.rsplit(' ').next().and_then(|value| value.parse().ok()).expect("a number")
+    };
+    let model = "model=\"basho\",model_name=\"basho\",engine=\"0\"";
+    for prefix in ["vllm:", "playhouse_"] {
+        assert_eq!(value(&format!("{prefix}prompt_tokens_total{{{model}}}")), n_prompt as f64);
+        assert_eq!(value(&format!("{prefix}generation_tokens_total{{{model}}}")), 24.0);
+        assert_eq!(value(&format!("{prefix}request_success_total{{{model},finished_reason=\"length\"}}")), 3.0);
+        assert_eq!(value(&format!("{prefix}time_to_first_token_seconds_count{{{model}}}")), 3.0);
+        assert_eq!(value(&format!("{prefix}inter_token_latency_seconds_count{{{model}}}")), 21.0);
+        assert_eq!(value(&format!("{prefix}e2e_request_latency_seconds_bucket{{le=\"+Inf\",{model}}}")), 3.0);
+        assert_eq!(value(&format!("{prefix}request_generation_tokens_sum{{{model}}}")), 24.0);
+        assert_eq!(value(&format!("{prefix}request_params_max_tokens_sum{{{model}}}")), 24.0);
+    }
+    for (name, status) in [("200", 3.0), ("400", 1.0)] {
+        let series = format!("http_requests_total{{method=\"POST\",path=\"/v1/completions\",status=\"{name}\"}}");
+        assert_eq!(value(&series), status);
+    }
+    assert_eq!(value("playhouse_requests_total{end=\"accepted\"}"), 3.0);
+    assert_eq!(value("playhouse_requests_total{end=\"completed\"}"), 3.0);
+    assert_eq!(value(&format!("vllm:num_requests_running{{{model}}}")), 0.0);
+    let replica = "model=\"basho\",device=\"cpu\",replica=\"0\"";
+    assert_eq!(value(&format!("playhouse_engine_decode_tokens_total{{{replica}}}")), 24.0);
+    assert_eq!(value(&format!("playhouse_replica_state{{{replica},state=\"ready\"}}")), 1.0);
+    assert!(value(&format!("vllm:kv_cache_usage_perc{{{model}}}")) <= 1.0);
+    assert_eq!(value(&format!("playhouse_http_streams_open{{{model}}}")), 0.0);
+
+    house.kill_worker();
+    house.wait("restarted", |status| status.is_ready() && status.devices[0].replicas[0].incarnation == 2).await;
+    let text = get(house.address, "/metrics").send().await.text().to_owned();
+    let restarts = format!("playhouse_actor_restarts_total{{{replica},reason=\"signalled\"}} 1");
+    assert!(text.contains(&restarts), "{text}");
+    house.shut_down().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_document_has_every_endpoint_and_the_dashboard_stays_at_home() {
+    let house = Setup::default().start().await;
+    let document = get(house.address, "/openapi.json").send().await.json();
+    assert_eq!(document["openapi"], "3.1.0");
+    for (path, operations) in document["paths"].as_object().expect("paths") {
+        for method in operations.as_object().expect("operations").keys() {
+            // An endpoint that is there answers with anything but these two.
+            let path = path.replace("{id}", "basho");
+            if path == "/api/events" {
+                continue;
+            }
+            let answer = raw(house.address, &path, "{}").method(&method.to_uppercase()).send().await;
+            assert!(![404, 405].contains(&answer.status), "{method} {path}: {}", answer.status);
+        }
+    }
+    for (path, kind) in [("/", "text/html"), ("/app.js", "text/javascript"), ("/style.css", "text/css")] {
+        let answer = get(house.address, path).send().await;
+        assert!(answer.header("content-type").is_some_and(|found| found.starts_with(kind)), "{path}");
+        let policy = answer.header("content-security-policy").expect("a policy");
+        assert!(policy.contains("default-src 'none'") && !policy.contains("unsafe"));
+        let text = answer.text();
+        assert!(!text.contains("http://") || path == "/app.js", "{path} loads nothing from elsewhere");
+        assert!(!text.contains("https://") && !text.contains("innerHTML"), "{path}");
+    }
+    let status = get(house.address, "/api/status").send().await.json();
+    assert_eq!(status["models"][0]["name"], "basho");
+    assert_eq!(status["house"]["devices"][0]["replicas"][0]["phase"], "ready");
+    let mut events = get(house.address, "/api/events").open().await;
+    let mut text = String::new();
+    while !text.contains("event: status") {
+        let frame =
+            tokio::time::timeout(PATIENCE, events.frame()).await.expect("in time").expect("more").expect("whole");
+        text.push_str(std::str::from_utf8(frame.data_ref().expect("data")).expect("UTF-8"));
+    }
+    assert!(text.starts_with("event: log\n") && text.contains("worker_ready"), "{text}");
+    house.shut_down().await;
+}
+
 /// A house whose model says this text, with this chat template.
 async fn house_that_says(text: &str, template: &str) -> TestHouse {
     let card = card_with_template("basho", template);
@@ -548,6 +724,7 @@ async fn calls_of_tools_whole_and_streamed() {
     let mut body = haiku(false);
     body["tools"] = json!([{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]);
     body["tool_choice"] = json!("auto");
+    body["max_tokens"] = json!(200);
     let answer = post(house.address, "/v1/chat/completions", &body).send().await.json();
     let choice = &answer["choices"][0];
     assert_eq!(
@@ -580,7 +757,9 @@ async fn harmony_is_split_into_thoughts_and_answer() {
     let template = "{# <|channel|> <|message|> #}{% for m in messages %}{{ m.content }}{% endfor %}";
     let house = house_that_says(says, template).await;
     let body = json!({"model": "basho", "messages": [{"role": "user", "content": "a"}]});
-    let answer = post(house.address, "/v1/chat/completions", &body).send().await.json();
+    let answer = post(house.address, "/v1/chat/completions", &body).send().await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let answer = answer.json();
     let message = &answer["choices"][0]["message"];
     assert_eq!((&message["reasoning_content"], &message["content"]), (&json!("A moon, then."), &json!("the moon")));
     assert!(answer["usage"]["completion_tokens_details"]["reasoning_tokens"].as_u64().is_some_and(|n| n > 0));
@@ -590,5 +769,39 @@ async fn harmony_is_split_into_thoughts_and_answer() {
     let thoughts: String =
         chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["reasoning_content"].as_str()).collect();
     assert_eq!((thoughts.as_str(), text_of(&chunks).as_str()), ("A moon, then.", "the moon"));
+    house.shut_down().await;
+}
+
+/// The guide's lines, run as they stand: every endpoint has one, and each is answered with 200.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_guide_has_a_line_for_every_endpoint_and_they_work() {
+    let guide =
+        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/src/http-api.md")).expect("the guide");
+    let lines: Vec<&str> = guide.lines().filter_map(|line| line.strip_prefix("$ curl ")).collect();
+    let mut setup = Setup::default();
+    setup.settings.admin_keys = ["sk-admin"].into_iter().collect();
+    let house = setup.start().await;
+    let document = get(house.address, "/openapi.json").send().await.json();
+    for path in document["paths"].as_object().expect("paths").keys() {
+        let path = path.replace("{id}", "basho");
+        let is_shown = |line: &&&str| {
+            let rest = line.split("$URL").nth(1).expect("a line has an address");
+            rest.split([' ', '?', '"']).next() == Some(path.as_str())
+        };
+        assert!(lines.iter().any(|line| is_shown(&line)), "{path} has no line in the guide");
+    }
+    for line in lines {
+        // Streams without an end are left after a moment.
+        let command = format!(
+            "curl -sS -o /dev/null -w '%{{http_code}}' --max-time 10 {}",
+            line.replace("-N $URL/api/events", "--max-time 1 $URL/api/events")
+        );
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", &command]).env("URL", format!("http://{}", house.address)).env("ADMIN_KEY", "sk-admin");
+        let run = tokio::task::spawn_blocking(move || shell.output());
+        let output =
+            tokio::time::timeout(PATIENCE, run).await.expect("in time").expect("no panic").expect("curl is installed");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "200", "{line}");
+    }
     house.shut_down().await;
 }

@@ -162,12 +162,15 @@ impl ModelHandle {
         if !request.ignore_eos {
             stop_ids.extend_from_slice(self.card.tokenizer.stop_ids());
         }
+        // More than the context leaves room for cannot come; the house would set it aside all the same.
+        let n_prompt = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
+        let room = self.card.context.saturating_sub(n_prompt).max(1);
         Generate {
             model: self.card.name.clone(),
             task: Task::Generate,
             prompt: prompt.to_vec(),
             sampling: SamplingParams { seed, choice, ..request.sampling.clone() },
-            max_tokens: request.max_tokens.unwrap_or(u32::MAX),
+            max_tokens: request.max_tokens.unwrap_or(u32::MAX).min(room),
             min_tokens: request.min_tokens,
             stop_ids,
             logprobs: request.logprobs,

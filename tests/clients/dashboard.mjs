@@ -48,17 +48,23 @@ if (process.env.KILL) {
   const status = await (await fetch(`${url}/api/status`)).json();
   const pid = status.house.devices.flatMap((device) => device.replicas).map((replica) => replica.pid).find(Boolean);
   assert.ok(pid, "the worker is a process");
-  await page.fill("#max_tokens", "200");
-  await page.click("#clear");
-  await page.fill("#prompt", "rain");
-  await page.click("#send");
-  process.kill(pid, "SIGKILL");
-  await page.waitForSelector("#talk .assistant[data-done]", { timeout: 60_000 });
-  assert.equal(await page.locator("#talk .error").count(), 0, await page.textContent("#talk"));
+  // A long stream of another client, and the worker killed in the middle of it.
+  const long = { model: "basho", prompt: "rain", max_tokens: 200, ignore_eos: true, seed: 7, stream: true, stream_options: { include_usage: true } };
+  const response = await fetch(`${url}/v1/completions`, { method: "POST", body: JSON.stringify(long) });
+  let [text, killed] = ["", false];
+  for await (const piece of response.body.pipeThrough(new TextDecoderStream())) {
+    text += piece;
+    if (!killed) process.kill(pid, "SIGKILL");
+    killed = true;
+  }
+  assert.match(text, /"completion_tokens":200\b/, "no token is lost");
+  assert.ok(text.endsWith("data: [DONE]\n\n") && !text.includes('"error"'), text.slice(-500));
   await page.waitForFunction(() => /1 restart\b/.test(document.querySelector("#tree").textContent), null, { timeout: 60_000 });
   await page.waitForSelector(".replica .state.ready");
   assert.ok((await page.locator("#log [data-event=worker_ended]").count()) >= 1);
   await shoot("dashboard-restart");
+  const counts = (await (await fetch(`${url}/api/status`)).json()).house.router.requests;
+  assert.equal(counts.resumed, 1, "the stream went on with the second worker");
   console.log("ok a worker was killed and came back, and the stream was whole");
 }
 

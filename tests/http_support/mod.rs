@@ -268,11 +268,16 @@ impl Default for Setup {
 }
 
 impl Setup {
-    /// With another engine.
+    /// With another engine, which may talk for as long as it likes.
     pub(crate) fn engine(mut self, make: impl Fn() -> Box<dyn Engine> + Send + Sync + 'static) -> Self {
-        self.loader = Arc::new(move |_: &WorkerSpec| Ok(Loaded { engine: make(), n_ctx: 4096, n_vocab: 1 << 17 }));
+        self.loader =
+            Arc::new(move |_: &WorkerSpec| Ok(Loaded { engine: make(), n_ctx: u32::MAX, n_vocab: 1 << 17 }));
+        self.config.host.limits.queued_tokens = 1 << 50;
         for model in &mut self.config.models {
             model.context = None;
+            let mut card = ModelCard::read(model).expect("the embedded model is whole");
+            card.context = u32::MAX;
+            self.cards.push(Arc::new(card));
         }
         self
     }

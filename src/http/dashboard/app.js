@@ -138,7 +138,7 @@ function replicaView(replica) {
   if (replica.pid) facts.push(`pid ${replica.pid}`);
   const last = endText(replica.last_end);
   if (last) facts.push(`last end: ${last}`);
-  facts.push(`${replica.running} streams`);
+  facts.push(replica.running === 1 ? "1 stream" : `${replica.running} streams`);
   const stats = replica.stats;
   if (stats?.kv_blocks_total) {
     const used = stats.kv_blocks_used - stats.kv_blocks_cached;

@@ -30,7 +30,7 @@ pub(in crate::http) async fn scrape(State(app): State<App>) -> Result<Response, 
         now.memory(status, &devices);
     }
     now.devices(&devices);
-    now.events(&app);
+    now.events(&app, status.as_ref());
     let mut text = String::new();
     encode_registry(&mut text, &app.metrics.registry)
         .and_then(|()| encode_registry(&mut text, &now.registry))
@@ -286,12 +286,17 @@ impl Snapshot {
         }
     }
 
-    fn events(&mut self, app: &App) {
+    fn events(&mut self, app: &App, status: Option<&HouseStatus>) {
         let counts = app.control.events().counts();
-        let restarts = counts
-            .restarts
-            .into_iter()
-            .map(|((model, replica, device, reason), count)| (RestartLabels { model, device, replica, reason }, count));
+        // Workers that were started before anybody recorded have no place in the record.
+        let place = |model: &str, index: u32| {
+            let replica = all(status?).find(|r| r.replica.model == model && r.replica.index == index)?;
+            Some(replica.device.to_string())
+        };
+        let restarts = counts.restarts.into_iter().map(|((model, replica, device, reason), count)| {
+            let device = if device.is_empty() { place(&model, replica).unwrap_or_default() } else { device };
+            (RestartLabels { model, device, replica, reason }, count)
+        });
         let help = "Workers that ended without being asked to, by reason";
         self.counters("playhouse_actor_restarts", help, restarts);
         let rungs = counts.oom_rungs.into_iter().map(|((device, rung), count)| {

@@ -50,6 +50,8 @@ const H2_SEND_BUFFER: usize = 64 << 10;
 const H2_WINDOWS: (u32, u32) = (256 << 10, 1 << 20);
 /// Requests that an HTTP/2 client may open and reset before they were looked at (CVE-2023-44487).
 const H2_RESETS_MAX: usize = 20;
+/// Bytes that the kernel holds for a reader that takes nothing. Left alone it would hold megabytes, for each of them.
+const SEND_BUFFER: usize = 128 << 10;
 /// For clients that come when every place is taken by a request in flight.
 const FULL: &[u8] =
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
@@ -76,6 +78,7 @@ pub(super) async fn serve_tcp(app: App, listener: TcpListener, stop: Cancellatio
         };
         // Tokens are small and each is wanted at once.
         let _ = socket.set_nodelay(true);
+        let _ = rustix::net::sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER);
         let Some(conn) = server.door.enter() else {
             if tls.is_none() {
                 // A courtesy: whoever cannot take it at once does not get it.
