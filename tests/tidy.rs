@@ -44,7 +44,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("text", &["gguf"]),
     ("basho", &[]),
     ("synth", &["dtype", "gguf"]),
-    ("grammar", &["engine", "text"]),
+    ("grammar", &["gguf", "engine", "text", "basho"]),
     ("worker", &["dtype", "gguf", "backend", "models", "engine", "basho", "text", "grammar"]),
     ("client", &["text", "gguf", "models", "basho", "grammar"]),
     ("http", &["client", "text"]),
