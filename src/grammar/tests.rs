@@ -64,7 +64,7 @@ fn a_text_goes_on_where_another_engine_left_it() {
     let mut emitted = Vec::new();
     for _ in 0..5 {
         let mask = first.mask(tokenizer.n_vocab()).expect("within the limits");
-        let token = (0..tokenizer.n_vocab() as u32).filter(|id| mask.allows(*id)).last().expect("something is allowed");
+        let token = (0..tokenizer.n_vocab() as u32).rfind(|id| mask.allows(*id)).expect("something is allowed");
         first.push(token).expect("allowed");
         emitted.push(token);
     }

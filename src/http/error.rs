@@ -47,7 +47,7 @@ pub(super) struct ApiError {
     kind: &'static str,
     code: Option<&'static str>,
     param: Option<String>,
-    message: String,
+    message: Box<str>,
     retry_after: Option<Duration>,
     /// Further members of the error object.
     details: Vec<(&'static str, Value)>,
@@ -55,7 +55,7 @@ pub(super) struct ApiError {
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        let message = message.into();
+        let message = message.into().into_boxed_str();
         Self { status, kind, code: None, param: None, message, retry_after: None, details: Vec::new() }
     }
 

@@ -318,9 +318,9 @@ mod tests {
     fn neighbours_of_one_kind_become_one_matrix() {
         let (q, k, v) = (weight(DType::Q4_K, 64, 256), weight(DType::Q4_0, 32, 256), weight(DType::Q6_K, 32, 256));
         assert_eq!(runs(&[q, k, v], Join::Stacked), [0..2, 2..3]);
-        assert_eq!(runs(&[q, q, q], Join::Stacked), [0..3]);
+        assert_eq!(runs(&[q, q, q], Join::Stacked), std::slice::from_ref(&(0..3)));
         assert_eq!(runs(&[q, k], Join::Gated), [0..1, 1..2], "gate and up of different formats stay apart");
-        assert_eq!(runs(&[q, q], Join::Gated), [0..2]);
+        assert_eq!(runs(&[q, q], Join::Gated), std::slice::from_ref(&(0..2)));
     }
 
     #[test]
