@@ -180,11 +180,7 @@ impl Limits {
         let words = self.n_vocab.div_ceil(64);
         let listed = [self.bias, self.bias, self.forbidden, self.histories * self.n_vocab].map(|n| 4 * n);
         let reported = [self.rows, self.rows * self.top, self.rows * self.top].map(|n| 4 * n);
-        let others = [
-            self.rows * size_of::<RowParams>(),
-            8 * self.masks * words,
-            self.rows * size_of::<RowResult>(),
-        ];
+        let others = [self.rows * size_of::<RowParams>(), 8 * self.masks * words, self.rows * size_of::<RowResult>()];
         let all = listed.into_iter().chain(reported).chain(others);
         all.map(|bytes| (bytes as u64).next_multiple_of(crate::arena::ALIGN)).sum()
     }
