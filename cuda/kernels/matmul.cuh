@@ -16,6 +16,10 @@ struct MatmulArgs {
     const int *gather;      // large only: row of x per column, < 0 for none; null if column c is row c
     float *partial;         // large only: [n_chunks, n, rows] sums of chunks when the chunks are split over blocks
     float out_scale;        // a power of two
+    const float *x_full;    // small only: f32 [n, n_cols] to normalise instead of x, or null
+    const float *norm_weight; // [n_cols]
+    float norm_eps;
+    int n_cols;
     float alpha, limit;     // gated: clamped SwiGLU if limit > 0
     int n_rows;             // rows of y; of gate and up each if gated
     int n_stripes;          // stripes of one matrix

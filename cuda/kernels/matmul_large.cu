@@ -49,9 +49,10 @@ template <int KIND, int NT> DEVICE void multiply_tile(float (&acc)[NT / 8][4], c
 #endif
 }
 
-DEVICE void products_done() {
+// Waits until at most `PENDING` tiles are still being multiplied.
+template <int PENDING> DEVICE void products_done() {
 #if HAS_WGMMA
-    wgmma_wait_all();
+    wgmma_wait<PENDING>();
 #endif
 }
 
@@ -85,39 +86,50 @@ template <int KIND, int NT> DEVICE void matmul_large(const MatmulArgs &args) {
         (static_cast<size_t>(mat) * args.n_stripes + min(stripe, args.n_stripes - 1)) * args.n_tiles;
 
     float acc[NT / 8][4] = {}, total[NT / 8][4] = {};
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (begin + i < end) copy_columns<NT>(stages + i * STAGE_BYTES, source, live, begin + i);
+    auto copy = [&](int tile) {
+        if (tile < end) copy_columns<NT>(stages + (tile - begin) % STAGES * STAGE_BYTES, source, live, tile);
         copy_async_commit();
-    }
+    };
+    copy(begin);
+    copy(begin + 1);
     RawTile<KIND> raw;
     load_tile(raw, args.w, first_tile + begin, lane);
-    int left_in_chunk = per_chunk;
-    for (int tile = begin; tile < end; tile++) {
-        uint32_t a[4][4];
+    uint32_t even[4][4], odd[4][4];
 #pragma unroll
-        for (int s = 0; s < 4; s++) fragment(a[s], raw, s);
-        if (tile + 1 < end) load_tile(raw, args.w, first_tile + tile + 1, lane);
-        copy_async_wait<STAGES - 2>();
+    for (int s = 0; s < 4; s++) fragment(even[s], raw, s);
+    if (begin + 1 < end) load_tile(raw, args.w, first_tile + begin + 1, lane);
+    int left_in_chunk = per_chunk;
+    // Multiplies one tile; while the tensor cores are at it, dequantises the next one, whose registers were read by the tile before.
+    auto take = [&](int tile, uint32_t (&now)[4][4], uint32_t (&next)[4][4]) {
+        copy_async_wait<1>();
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncthreads();
-        const int stage = (tile - begin) % STAGES, next = (tile - begin + STAGES - 1) % STAGES;
-        multiply_tile<KIND, NT>(acc, a, stages + stage * STAGE_BYTES);
-        // The stage filled here was last read by the products of the tile before, which every thread waited for.
-        if (tile + STAGES - 1 < end) copy_columns<NT>(stages + next * STAGE_BYTES, source, live, tile + STAGES - 1);
-        copy_async_commit();
-        products_done();
+        multiply_tile<KIND, NT>(acc, now, stages + (tile - begin) % STAGES * STAGE_BYTES);
+        // The stage filled here was read two tiles ago, by products that every thread waited for before this barrier.
+        copy(tile + 2);
+        products_done<1>();
+        if (tile + 1 < end) {
+#pragma unroll
+            for (int s = 0; s < 4; s++) fragment(next[s], raw, s);
+            if (tile + 2 < end) load_tile(raw, args.w, first_tile + tile + 2, lane);
+        }
         if (--left_in_chunk == 0 || tile + 1 == end) {
             left_in_chunk = per_chunk;
+            products_done<0>();
 #pragma unroll
             for (int j = 0; j < NT / 8; j++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
+                    asm volatile("" : "+f"(acc[j][e])::"memory"); // written behind the compiler's back until here
                     total[j][e] += acc[j][e];
                     acc[j][e] = 0.0f;
                 }
             }
         }
+    };
+    for (int tile = begin; tile < end; tile += 2) {
+        take(tile, even, odd);
+        if (tile + 1 < end) take(tile + 1, odd, even);
     }
     dependents_may_start();
     if (stripe >= args.n_stripes) return;

@@ -1,50 +1,78 @@
 // y = W x for up to 8 columns (decode): W in tiles (tiles.cuh), x f16, y f32 or f16.   Bound by: reading W once.
-// x [n, x_stride] f16, zero beyond n_cols   y [n, y_stride]   n <= 8, stacked matrices chosen by `mat_of` (experts).
+// x [n, x_stride] f16, zero beyond n_cols, or f32 rows to normalise first   y [n, y_stride]   n <= 8
 // A gated matrix has stripes of 8 gate rows above 8 up rows and gives 8 rows of h = act(gate, up) in f16.
-// Grid (stripes, jobs), block (32, n_chunks): a warp sums one chunk of k (tiles.cuh) for 16 rows and 8 columns, then the chunks
-// are added in ascending order through shared memory: the sum of a row depends on its k alone.
+// Grid (blocks, jobs), block (32, n_chunks): a block keeps x in shared memory and takes every gridDim.x-th stripe; a warp sums
+// one chunk of k (tiles.cuh) for 16 rows and 8 columns, then the chunks are added in ascending order: the sum of a row
+// depends on its k alone. Tiles are loaded far ahead, across stripes, and before the preceding kernel has ended.
+// Stacked matrices are chosen by `mat_of` (experts), a job each.
 // Reference: dtype/*.rs decoders and an f64 product; w is rounded to f16, rel err <= 2^-10 of the sum of magnitudes.
 #include "matmul.cuh"
+#include "norm.cuh"
 
 // Tiles in flight per warp: enough bytes to cover the latency of memory, few enough registers for 16 warps an SM.
-template <int KIND> __host__ __device__ constexpr int depth() { return KIND == F16 ? 2 : KIND == Q8 ? 3 : 4; }
+template <int KIND> __host__ __device__ constexpr int depth() {
+    return KIND == F16 ? 2 : KIND == Q4 || KIND == MX4 ? 8 : 4;
+}
 
-template <int KIND>
-DEVICE void accumulate(float (&acc)[4], const Planes &w, size_t first_tile, int begin, int end, const half *x_lane, bool live) {
-    constexpr int DEPTH = depth<KIND>();
-    const int lane = threadIdx.x;
-    RawTile<KIND> raw[DEPTH];
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++) {
-        if (begin + d < end) load_tile(raw[d], w, first_tile + begin + d, lane);
+// Rows of x in shared memory are 16 bytes longer than they need be: the lanes of a fragment then meet every bank once.
+DEVICE int shared_stride(int n_tiles) { return n_tiles * TILE_K + 8; }
+
+// x to shared memory, normalised if it comes in f32. Ends with a barrier.
+DEVICE void stage_x(half *xs, const MatmulArgs &args, const half *x, int thread, int n_threads) {
+    const int stride = shared_stride(args.n_tiles), width = args.n_tiles * TILE_K;
+    if (args.x_full == nullptr) {
+        const int pieces = width / 8;
+        for (int i = thread; i < args.n * pieces; i += n_threads) {
+            const int row = i / pieces, part = i % pieces;
+            copy_async_16(shared_address(xs + row * stride + part * 8), x + static_cast<size_t>(row) * args.x_stride + part * 8, true);
+        }
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();
+        return;
     }
-    wait_for_predecessor();
-    for (int tile0 = begin; tile0 < end; tile0 += DEPTH) {
-#pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
-            const int tile = tile0 + d;
-            if (tile < end) {
-                uint32_t b[8];
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    b[i] = live ? *reinterpret_cast<const uint32_t *>(x_lane + tile * TILE_K + 8 * i) : 0u;
-                }
-#pragma unroll
-                for (int s = 0; s < 4; s++) {
-                    uint32_t a[4];
-                    fragment(a, raw[d], s);
-                    mma_16x8x16(acc, a, b[2 * s], b[2 * s + 1]);
-                }
-                if (tile + DEPTH < end) load_tile(raw[d], w, first_tile + tile + DEPTH, lane);
-            }
+    __shared__ float sums[8][NORM_WARPS];
+    const int warp = thread / WARP, lane = thread % WARP, n_warps = n_threads / WARP;
+    for (int i = warp; i < args.n * NORM_WARPS; i += n_warps) {
+        const int row = i / NORM_WARPS;
+        sum_squares(sums[row], args.x_full + static_cast<size_t>(row) * args.n_cols, args.n_cols, i % NORM_WARPS, lane);
+    }
+    __syncthreads();
+    for (int row = 0; row < args.n; row++) {
+        const float *in = args.x_full + static_cast<size_t>(row) * args.n_cols;
+        const float inverse = inverse_rms(sums[row], args.n_cols, args.norm_eps, lane);
+        for (int c = thread; c < width; c += n_threads) {
+            xs[row * stride + c] = c < args.n_cols ? to_half(in[c] * inverse * args.norm_weight[c]) : __float2half_rn(0.0f);
+        }
+    }
+    __syncthreads();
+}
+
+// Adds the chunks of a stripe and writes its rows. Grid-wide one thread a cell.
+DEVICE void finish_stripe(const MatmulArgs &args, const float (*partial)[TILE_ROWS * 8], int mat, int stripe, int job) {
+    const int n_chunks = blockDim.y, first = threadIdx.y * WARP + threadIdx.x, step = n_chunks * WARP;
+    if (args.epilogue == GATED_F16) {
+        for (int i = first; i < args.n * 8; i += step) {
+            const int row = i % 8, col = i / 8, cell = col * TILE_ROWS + row;
+            float sum = 0.0f, sum_up = 0.0f;
+            for (int c = 0; c < n_chunks; c++) sum += partial[c][cell], sum_up += partial[c][cell + 8];
+            finish_gated(args, sum, sum_up, mat, stripe * 8 + row, args.mat_of == nullptr ? col : job);
+        }
+    } else {
+        for (int cell = first; cell < args.n * TILE_ROWS; cell += step) {
+            const int row = cell % TILE_ROWS, col = cell / TILE_ROWS;
+            float sum = 0.0f;
+            for (int c = 0; c < n_chunks; c++) sum += partial[c][cell];
+            finish(args, sum, mat, stripe * TILE_ROWS + row, args.mat_of == nullptr ? col : job);
         }
     }
 }
 
-template <int KIND> DEVICE void matmul_small(const MatmulArgs &args) {
-    __shared__ float partial[8][TILE_ROWS * 8];
-    const int lane = threadIdx.x, warp = threadIdx.y, n_chunks = blockDim.y;
-    const int job = blockIdx.y;
+template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args) {
+    constexpr int DEPTH = depth<KIND>();
+    extern __shared__ __align__(128) uint8_t shared[];
+    __shared__ float partial[2][8][TILE_ROWS * 8];
+    const int lane = threadIdx.x, warp = threadIdx.y, job = blockIdx.y;
     // Experts: the matrix of a job is known only once the router has run.
     if (args.mat_of != nullptr) wait_for_predecessor();
     const int mat = args.mat_of == nullptr ? 0 : args.mat_of[job];
@@ -52,40 +80,67 @@ template <int KIND> DEVICE void matmul_small(const MatmulArgs &args) {
 
     const int per_chunk = chunk_tiles(args.n_tiles);
     const int begin = warp * per_chunk, end = min(begin + per_chunk, args.n_tiles);
-    const size_t stripe = static_cast<size_t>(mat) * args.n_stripes + blockIdx.x;
-    float acc[4] = {};
-    const int column = lane / 4;
-    const half *x_lane = x + static_cast<size_t>(column) * args.x_stride + 2 * (lane % 4);
-    accumulate<KIND>(acc, args.w, stripe * args.n_tiles, begin, end, x_lane, column < args.n);
-    dependents_may_start();
-
+    const size_t mat_tiles = static_cast<size_t>(mat) * args.n_stripes * args.n_tiles;
+    RawTile<KIND> raw[DEPTH];
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-        const int row = lane / 4 + 8 * (e / 2), col = 2 * (lane % 4) + e % 2;
-        partial[warp][col * TILE_ROWS + row] = acc[e];
+    for (int d = 0; d < DEPTH; d++) {
+        if (begin + d < end) load_tile(raw[d], args.w, mat_tiles + static_cast<size_t>(blockIdx.x) * args.n_tiles + begin + d, lane);
     }
-    __syncthreads();
-    const int first = warp * WARP + lane, step = n_chunks * WARP;
-    if (args.epilogue == GATED_F16) {
-        for (int i = first; i < args.n * 8; i += step) {
-            const int row = i % 8, col = i / 8, cell = col * TILE_ROWS + row;
-            float sum = 0.0f, sum_up = 0.0f;
-            for (int c = 0; c < n_chunks; c++) sum += partial[c][cell], sum_up += partial[c][cell + 8];
-            finish_gated(args, sum, sum_up, mat, blockIdx.x * 8 + row, args.mat_of == nullptr ? col : job);
+    wait_for_predecessor();
+    half *xs = reinterpret_cast<half *>(shared);
+    if (STAGED) stage_x(xs, args, x, warp * WARP + lane, blockDim.y * WARP);
+    const int column = lane / 4;
+    const bool live = column < args.n;
+    const half *x_lane = (STAGED ? xs + column * shared_stride(args.n_tiles) : x + static_cast<size_t>(column) * args.x_stride) + 2 * (lane % 4);
+
+    int turn = 0;
+    for (int stripe = blockIdx.x; stripe < args.n_stripes; stripe += gridDim.x) {
+        const size_t here = mat_tiles + static_cast<size_t>(stripe) * args.n_tiles;
+        float acc[4] = {};
+        for (int tile0 = begin; tile0 < end; tile0 += DEPTH) {
+            // What follows these tiles: those of this stripe, or the first ones of the next.
+            const bool last = tile0 + DEPTH >= end;
+            const int next_stripe = stripe + gridDim.x;
+            const size_t next = last ? here + static_cast<size_t>(gridDim.x) * args.n_tiles + begin : here + tile0 + DEPTH;
+            const int n_next = last ? (next_stripe < args.n_stripes ? end - begin : 0) : end - tile0 - DEPTH;
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++) {
+                const int tile = tile0 + d;
+                if (tile < end) {
+                    uint32_t b[8];
+#pragma unroll
+                    for (int i = 0; i < 8; i++) {
+                        b[i] = live ? *reinterpret_cast<const uint32_t *>(x_lane + tile * TILE_K + 8 * i) : 0u;
+                    }
+#pragma unroll
+                    for (int s = 0; s < 4; s++) {
+                        uint32_t a[4];
+                        fragment(a, raw[d], s);
+                        mma_16x8x16(acc, a, b[2 * s], b[2 * s + 1]);
+                    }
+                }
+                if (d < n_next) load_tile(raw[d], args.w, next + d, lane);
+            }
         }
-    } else {
-        for (int cell = first; cell < args.n * TILE_ROWS; cell += step) {
-            const int row = cell % TILE_ROWS, col = cell / TILE_ROWS;
-            float sum = 0.0f;
-            for (int c = 0; c < n_chunks; c++) sum += partial[c][cell];
-            finish(args, sum, mat, blockIdx.x * TILE_ROWS + row, args.mat_of == nullptr ? col : job);
+        // The barrier of one stripe lets the other half of `partial` be written again.
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int row = lane / 4 + 8 * (e / 2), col = 2 * (lane % 4) + e % 2;
+            partial[turn][warp][col * TILE_ROWS + row] = acc[e];
         }
+        __syncthreads();
+        if (stripe + gridDim.x >= args.n_stripes) dependents_may_start();
+        finish_stripe(args, partial[turn], mat, stripe, job);
+        turn ^= 1;
     }
 }
 
 #define MATMUL_SMALL(NAME, KIND)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(256) matmul_small_##NAME(const MatmulArgs args) {                     \
-        matmul_small<KIND>(args);                                                                                      \
+    extern "C" __global__ void __launch_bounds__(256, 2) matmul_small_##NAME(const MatmulArgs args) {                  \
+        matmul_small<KIND, true>(args);                                                                                \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 2) matmul_small_wide_##NAME(const MatmulArgs args) {             \
+        matmul_small<KIND, false>(args);                                                                               \
     }
 MATMUL_SMALL(f16, F16)
 MATMUL_SMALL(q8, Q8)

@@ -4,8 +4,9 @@ mod support;
 
 use half::f16;
 use playhouse_cuda::arena::Buffer;
-use playhouse_cuda::launch::matmul::{self, Experts, Gate, Output, Product, Rows};
+use playhouse_cuda::launch::matmul::{self, Experts, Gate, NormInput, Output, Product, Rows};
 use playhouse_cuda::launch::matrix::{FORMATS, Format, HalfRows, Layout, Matrix, Part, TILE_ROWS};
+use playhouse_cuda::launch::norm::{RmsNorm, rms_norm};
 use support::formats::random_rows;
 use support::{Bench, Random, bench, download};
 
@@ -136,6 +137,33 @@ fn a_gated_product_is_the_gate_of_its_two_products() {
         let (g, u) = (f64::from(gate[i]), f64::from(up[i]));
         let exact = g / (1.0 + (-g).exp()) * u;
         assert!((h.to_f64() - exact).abs() <= exact.abs() * 1e-3 + 1e-6, "{i}: {h} is not {exact}");
+    }
+}
+
+#[test]
+fn a_product_that_normalises_gives_the_bits_of_norm_and_product() {
+    let Some(bench) = bench("a_product_that_normalises_gives_the_bits_of_norm_and_product") else { return };
+    let mut random = Random(4);
+    for (name, n_rows, n_cols) in [("F16", 33, 96), ("Q8_0", 100, 896), ("Q4_K", 4000, 3072), ("Q6_K", 65, 4096)] {
+        bench.arena.reset();
+        let case = matrix(&bench, &mut random, Format::by_name(name).expect("listed"), n_rows, n_cols, 1);
+        let x: Vec<f32> = (0..8 * n_cols).map(|_| 3.0 * random.normal()).collect();
+        let weight: Vec<f32> = (0..n_cols).map(|_| random.normal()).collect();
+        let (x, weight) = (bench.upload(&x), bench.upload(&weight));
+        let y = HalfRows { data: bench.zeros(8 * n_cols.next_multiple_of(64)), stride: n_cols.next_multiple_of(64) };
+        let op = RmsNorm { x: &x, weight: &weight, rows: None, eps: 1e-5, y: &y };
+        rms_norm(&bench.kernels, &op, 8).expect("launches");
+        for n in [1, 2, 3, 7, 8] {
+            let expected = product(&bench, &case.matrix, &y, n);
+            let out = bench.zeros::<f32>(n * n_rows);
+            let output = Output::Store(Rows { data: out.clone(), stride: n_rows });
+            let op =
+                Product { matrix: &case.matrix, x: &y, n, bias: None, bias_up: None, experts: Experts::One, output };
+            let norm = NormInput { x: &x, weight: &weight, eps: 1e-5 };
+            op.launch_normalised(&bench.kernels, &norm).expect("launches");
+            let same = download(&out).iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{name} {n_rows}x{n_cols}, {n} columns");
+        }
     }
 }
 

@@ -106,6 +106,17 @@ pub struct Product<'a> {
     pub output: Output,
 }
 
+/// Rows that a product of few columns normalises itself: [`Product::launch_normalised`].
+#[derive(Debug, Clone)]
+pub struct NormInput<'a> {
+    /// f32 `[n, n_cols]`.
+    pub x: &'a Buffer<f32>,
+    /// f32 `[n_cols]`.
+    pub weight: &'a Buffer<f32>,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct MatmulArgs {
@@ -118,6 +129,10 @@ struct MatmulArgs {
     gather: u64,
     partial: u64,
     out_scale: f32,
+    x_full: u64,
+    norm_weight: u64,
+    norm_eps: f32,
+    n_cols: i32,
     alpha: f32,
     limit: f32,
     n_rows: i32,
@@ -214,19 +229,45 @@ impl Product<'_> {
     pub fn launch(&self, kernels: &Kernels, partial: &Buffer<f32>) -> Result<(), CudaError> {
         self.check()?;
         match self.plan(kernels) {
-            Plan::Small { n_chunks } => self.launch_small(kernels, n_chunks),
+            Plan::Small { n_chunks } => self.launch_small(kernels, n_chunks, None),
             Plan::Large { columns, splits } => self.launch_large(kernels, columns, splits, partial),
         }
     }
 
-    fn launch_small(&self, kernels: &Kernels, n_chunks: usize) -> Result<(), CudaError> {
-        let kernel = kernels.get("matmul_small", small_name(self.matrix.kind()), 0)?;
-        let stripes = self.matrix.shape().n_stripes;
-        let jobs = if matches!(self.experts, Experts::Jobs { .. }) { self.n } else { 1 };
-        let mut launch = Launch::new((stripes as u32, jobs as u32, 1), (32, n_chunks as u32, 1));
+    /// Enqueues the product of rows that the kernel normalises itself, instead of `x`; the same bits as [`super::norm::rms_norm`]
+    /// and the product of what it gives. Only where [`Product::can_normalise`].
+    ///
+    /// # Errors
+    /// As [`Product::launch`].
+    pub fn launch_normalised(&self, kernels: &Kernels, norm: &NormInput<'_>) -> Result<(), CudaError> {
+        self.check()?;
+        let n_cols = self.matrix.n_cols();
+        if norm.weight.len() != n_cols || norm.x.len() < self.n * n_cols || !self.can_normalise() {
+            let expected = format!("up to {SMALL_COLUMNS} rows of {n_cols} for one matrix");
+            let found = format!("{} of {}", norm.x.len(), norm.weight.len());
+            return Err(contract("rows to normalise", expected, found));
+        }
+        self.launch_small(kernels, chunks(self.matrix.shape().n_tiles), Some(norm))
+    }
+
+    /// Whether [`Product::launch_normalised`] takes this product: few columns of one matrix that fit into shared memory.
+    pub fn can_normalise(&self) -> bool {
+        let one = matches!(self.experts, Experts::One);
+        one && self.n <= SMALL_COLUMNS && staged_bytes(self.matrix.shape().n_tiles, self.n).is_some()
+    }
+
+    fn launch_small(&self, kernels: &Kernels, n_chunks: usize, norm: Option<&NormInput<'_>>) -> Result<(), CudaError> {
+        let shape = self.matrix.shape();
+        let (jobs, columns) = if matches!(self.experts, Experts::Jobs { .. }) { (self.n, 1) } else { (1, self.n) };
+        let staged = staged_bytes(shape.n_tiles, columns);
+        let name = small_name(self.matrix.kind(), staged.is_some());
+        let kernel = kernels.get("matmul_small", name, STAGED_BYTES)?;
+        let n_blocks = small_blocks(shape.n_stripes, jobs, kernels.gpu().info().n_sms as usize);
+        let mut launch = Launch::new((n_blocks as u32, jobs as u32, 1), (32, n_chunks as u32, 1));
+        launch.shared_bytes = staged.unwrap_or(0);
         launch.overlap = true;
         // SAFETY: MatmulArgs mirrors the kernel's parameter; `check` held every buffer against the shapes.
-        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(self.args(0))) }
+        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(self.args(0, norm))) }
     }
 
     fn launch_large(
@@ -247,7 +288,7 @@ impl Product<'_> {
         let mut launch = Launch::new((row_blocks, self.n.div_ceil(columns) as u32, splits as u32), (256, 1, 1));
         launch.shared_bytes = shared_bytes;
         launch.overlap = true;
-        let args = self.args(partial.ptr());
+        let args = self.args(partial.ptr(), None);
         // SAFETY: as above; `partial` holds the sums of every chunk.
         unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args))? };
         if splits > 1 {
@@ -262,7 +303,7 @@ impl Product<'_> {
         Ok(())
     }
 
-    fn args(&self, partial: u64) -> MatmulArgs {
+    fn args(&self, partial: u64, norm: Option<&NormInput<'_>>) -> MatmulArgs {
         let shape = self.matrix.shape();
         let ptr = |buffer: Option<&Buffer<f32>>| buffer.map_or(0, Buffer::ptr);
         let (y, y_stride, epilogue) = match &self.output {
@@ -290,6 +331,10 @@ impl Product<'_> {
             gather,
             partial,
             out_scale: self.matrix.out_scale(),
+            x_full: norm.map_or(0, |norm| norm.x.ptr()),
+            norm_weight: norm.map_or(0, |norm| norm.weight.ptr()),
+            norm_eps: norm.map_or(0.0, |norm| norm.eps),
+            n_cols: self.matrix.n_cols() as i32,
             alpha,
             limit,
             n_rows: self.matrix.n_rows() as i32,
@@ -375,16 +420,37 @@ fn contract(what: &str, expected: impl ToString, found: impl ToString) -> CudaEr
     }
 }
 
-fn small_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::F16 => "matmul_small_f16",
-        Kind::Q8 => "matmul_small_q8",
-        Kind::Q4 => "matmul_small_q4",
-        Kind::Q4G16 => "matmul_small_q4g16",
-        Kind::Mx4 => "matmul_small_mx4",
-        Kind::Q5 => "matmul_small_q5",
-        Kind::Q6 => "matmul_small_q6",
-    }
+/// Most bytes of activations that a block of the small kernel keeps: two blocks share a multiprocessor.
+const STAGED_BYTES: u32 = 96 << 10;
+/// Blocks of the small kernel that a multiprocessor holds at once.
+const SMALL_BLOCKS: usize = 2;
+
+/// Shared memory for `n` rows of activations, if that is not too much. Mirrors `shared_stride`.
+fn staged_bytes(n_tiles: usize, n: usize) -> Option<u32> {
+    let bytes = n * (n_tiles * super::matrix::TILE_K + 8) * 2;
+    u32::try_from(bytes).ok().filter(|bytes| *bytes <= STAGED_BYTES)
+}
+
+/// Blocks that share the stripes of each job: as many as the device holds at once, each with as many stripes as the others.
+fn small_blocks(n_stripes: usize, jobs: usize, n_sms: usize) -> usize {
+    let most = (SMALL_BLOCKS * n_sms / jobs).max(1);
+    let rounds = n_stripes.div_ceil(most);
+    n_stripes.div_ceil(rounds)
+}
+
+macro_rules! small_names {
+    ($kind:expr, $staged:expr, $($variant:ident $text:literal),*) => {
+        match ($kind, $staged) {
+            $(
+                (Kind::$variant, true) => concat!("matmul_small_", $text),
+                (Kind::$variant, false) => concat!("matmul_small_wide_", $text),
+            )*
+        }
+    };
+}
+
+fn small_name(kind: Kind, staged: bool) -> &'static str {
+    small_names!(kind, staged, F16 "f16", Q8 "q8", Q4 "q4", Q4G16 "q4g16", Mx4 "mx4", Q5 "q5", Q6 "q6")
 }
 
 macro_rules! large_names {
@@ -433,6 +499,16 @@ mod tests {
             assert!((1..=MAX_CHUNKS).contains(&n));
             assert!((n - 1) * chunk_tiles(n_tiles) < n_tiles, "no chunk of {n_tiles} is empty");
         }
+    }
+
+    #[test]
+    fn blocks_of_the_small_kernel_share_the_stripes_evenly() {
+        assert_eq!(small_blocks(56, 1, 132), 56);
+        assert_eq!(small_blocks(1792, 1, 132), 256); // seven each
+        assert_eq!(small_blocks(360, 4, 132), 60); // six each, four jobs side by side
+        assert_eq!(small_blocks(1, 1000, 132), 1);
+        assert_eq!(staged_bytes(64, 8), Some(8 * 4104 * 2));
+        assert_eq!(staged_bytes(224, 8), None);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use playhouse_cuda::arena::Buffer;
 use playhouse_cuda::launch::attention::{self, Attention, DecodeItems, RopeKv};
 use playhouse_cuda::launch::embed::embed;
 use playhouse_cuda::launch::gate::gate_up;
-use playhouse_cuda::launch::matmul::{Experts, Gate, Output, Product, Rows};
+use playhouse_cuda::launch::matmul::{Experts, Gate, NormInput, Output, Product, Rows};
 use playhouse_cuda::launch::matrix::{HalfRows, Matrix};
 use playhouse_cuda::launch::moe::Groups;
 use playhouse_cuda::launch::norm::{self, RmsNorm};
@@ -29,10 +29,9 @@ impl CudaBackend {
         let n = self.n_tokens();
         let dims = op.dims;
         let (q_dim, kv_dim) = (dims.n_heads * dims.head_dim, dims.n_kv_heads * dims.head_dim);
-        let normed = self.normalise(&op.norm, x, None, n)?;
         let stride = q_dim + 2 * kv_dim;
         let qkv = self.work.qkv.get(&self.work.arena, n * stride)?;
-        self.project_qkv(op, &normed, &qkv, stride, n)?;
+        self.project_qkv(op, &mut Normed::new(&op.norm, x), &qkv, stride, n)?;
         let table = op.rope.table.values.as_ref().expect("a rotation table is loaded as values");
         let norms =
             op.qk_norm.as_ref().map(|(q, k)| (q.weight.vector(dims.head_dim), k.weight.vector(dims.head_dim), q.eps));
@@ -60,7 +59,7 @@ impl CudaBackend {
     fn project_qkv(
         &mut self,
         op: &QkvOp<'_, Self>,
-        normed: &HalfRows,
+        normed: &mut Normed<'_>,
         qkv: &Buffer<f32>,
         stride: usize,
         n: usize,
@@ -72,13 +71,13 @@ impl CudaBackend {
             let n_parts = linears[first].weight.joined_matrix().map_or(1, |joined| joined.n_parts);
             let run = &linears[first..(first + n_parts).min(linears.len())];
             if let Some((matrix, bias)) = fused(run) {
-                self.product(matrix, normed, n, bias.as_ref(), Experts::One, Output::Store(y))?;
+                self.normed_product(matrix, normed, n, (bias.as_ref(), None), Output::Store(y))?;
                 first += run.len();
                 column += matrix.n_rows();
             } else {
                 let matrix = run[0].weight.matrix();
                 let bias = run[0].bias.map(|b| b.vector(matrix.n_rows()));
-                self.product(matrix, normed, n, bias, Experts::One, Output::Store(y))?;
+                self.normed_product(matrix, normed, n, (bias, None), Output::Store(y))?;
                 first += 1;
                 column += matrix.n_rows();
             }
@@ -137,17 +136,22 @@ impl CudaBackend {
 
     pub(super) fn run_gated(&mut self, op: &GatedOp<'_, Self>, x: &CudaTensor, h: &mut CudaTensor) -> Done {
         let n = self.n_tokens();
-        let normed = self.normalise(&op.norm, x, None, n)?;
         let n_ff = inner_rows(op.gate.weight);
         let h = h.fill_half(n_ff)?;
-        self.gate_and_up((op.gate, op.up), op.activation, (&normed, n), &Experts::One, &h)
+        let mut normed = Normed::new(&op.norm, x);
+        if let Some(matrix) = gated_matrix(op.gate, op.up) {
+            let biases = (op.gate.bias.map(|b| b.vector(n_ff)), op.up.bias.map(|b| b.vector(n_ff)));
+            return self.normed_product(matrix, &mut normed, n, biases, Output::Gated(h, gate_of(op.activation)));
+        }
+        let rows = self.normed_rows(&mut normed, n)?;
+        self.gate_and_up((op.gate, op.up), op.activation, (&rows, n), &Experts::One, &h)
     }
 
     pub(super) fn run_moe(&mut self, op: &MoeOp<'_, Self>, x: &mut CudaTensor) -> Done {
         let MoeWeighting::SoftmaxOfChosen = op.weighting;
         let n = self.n_tokens();
         let sizes = (op.n_experts, op.n_used);
-        let normed = self.normalise(&op.norm, x, None, n)?;
+        let normed = self.normed_rows(&mut Normed::new(&op.norm, x), n)?;
         let scores = self.work.scores.get(&self.work.arena, n * op.n_experts)?;
         let router = op.router.weight.matrix();
         let bias = op.router.bias.map(|b| b.vector(op.n_experts));
@@ -188,10 +192,10 @@ impl CudaBackend {
         let (n, rows) = (inputs.n_rows, inputs.rows.clone());
         let rows = (!inputs.all_rows).then_some(&rows);
         let matrix = op.output.weight.matrix();
-        let normed = self.normalise(&op.norm, x, rows, n)?;
         let bias = op.output.bias.map(|b| b.vector(matrix.n_rows()));
         let logits = logits.fill_full(matrix.n_rows())?;
-        self.product(matrix, &normed, n, bias, Experts::One, Output::Store(logits.clone()))?;
+        let mut normed = Normed { rows, ..Normed::new(&op.norm, x) };
+        self.normed_product(matrix, &mut normed, n, (bias, None), Output::Store(logits.clone()))?;
         match op.softcap {
             None => Ok(()),
             Some(cap) => norm::softcap(&self.kernels, &logits.data, n * matrix.n_rows(), cap),
@@ -207,13 +211,10 @@ impl CudaBackend {
         experts: &Experts,
         h: &HalfRows,
     ) -> Done {
-        let act = match activation {
-            Activation::SwiGlu => Gate::SwiGlu,
-            Activation::SwiGluClamped { alpha, limit } => Gate::Clamped { alpha, limit },
-        };
+        let act = gate_of(activation);
         let n_ff = inner_rows(gate.weight);
         let bias_len = |matrix: &Matrix| matrix.shape().n_mats * n_ff;
-        if let Some(matrix) = Joined::all(&[gate.weight.joined_matrix(), up.weight.joined_matrix()]) {
+        if let Some(matrix) = gated_matrix(gate, up) {
             let biases = [gate.bias, up.bias].map(|b| b.map(|b| b.vector(bias_len(matrix))));
             let output = Output::Gated(h.clone(), act);
             return self.launch(&Product {
@@ -236,18 +237,38 @@ impl CudaBackend {
         gate_up(&self.kernels, act, (&g, &u), n_ff, h, n)
     }
 
-    fn normalise(
-        &mut self,
-        norm: &Norm<'_, Self>,
-        x: &CudaTensor,
-        rows: Option<&Buffer<u32>>,
-        n: usize,
-    ) -> Result<HalfRows, CudaError> {
-        let n_cols = norm.weight.values.as_ref().map_or(0, |v| v.own.len());
+    /// The normalised rows in f16, computed when they are first asked for.
+    fn normed_rows(&mut self, normed: &mut Normed<'_>, n: usize) -> Result<HalfRows, CudaError> {
+        if let Some(done) = &normed.done {
+            return Ok(done.clone());
+        }
+        let n_cols = normed.weight.len();
         let y = self.work.normed(n, n_cols)?;
-        let op = RmsNorm { x: &x.full(n_cols)?.data, weight: norm.weight.vector(n_cols), rows, eps: norm.eps, y: &y };
+        let x = normed.x.full(n_cols)?.data;
+        let op = RmsNorm { x: &x, weight: normed.weight, rows: normed.rows, eps: normed.eps, y: &y };
         norm::rms_norm(&self.kernels, &op, n)?;
-        Ok(y)
+        Ok(normed.done.insert(y).clone())
+    }
+
+    /// A product of normalised rows: in one kernel where that can be, else after the kernel that normalises.
+    fn normed_product(
+        &mut self,
+        matrix: &Matrix,
+        normed: &mut Normed<'_>,
+        n: usize,
+        (bias, bias_up): (Option<&Buffer<f32>>, Option<&Buffer<f32>>),
+        output: Output,
+    ) -> Done {
+        let n_cols = normed.weight.len();
+        let unused = self.work.normed(n, n_cols)?;
+        let fused = Product { matrix, x: &unused, n, bias, bias_up, experts: Experts::One, output: output.clone() };
+        if normed.rows.is_none() && normed.done.is_none() && fused.can_normalise() {
+            let x = normed.x.full(n_cols)?.data;
+            let input = NormInput { x: &x, weight: normed.weight, eps: normed.eps };
+            return fused.launch_normalised(&self.kernels, &input);
+        }
+        let x = self.normed_rows(normed, n)?;
+        self.launch(&Product { matrix, x: &x, n, bias, bias_up, experts: Experts::One, output })
     }
 
     fn product(
@@ -266,6 +287,36 @@ impl CudaBackend {
         let len = product.partial_len(&self.kernels);
         let partial = self.work.partial.get(&self.work.arena, len.max(1))?;
         product.launch(&self.kernels, &partial)
+    }
+}
+
+/// Rows that an op normalises first.
+struct Normed<'a> {
+    x: &'a CudaTensor,
+    weight: &'a Buffer<f32>,
+    eps: f32,
+    /// Which rows of x; all in order if `None`.
+    rows: Option<&'a Buffer<u32>>,
+    /// The rows, once a kernel of its own has computed them.
+    done: Option<HalfRows>,
+}
+
+impl<'a> Normed<'a> {
+    fn new(norm: &Norm<'a, CudaBackend>, x: &'a CudaTensor) -> Self {
+        let n_cols = norm.weight.values.as_ref().map_or(0, |v| v.own.len());
+        Self { x, weight: norm.weight.vector(n_cols), eps: norm.eps, rows: None, done: None }
+    }
+}
+
+/// Gate and up as one matrix, if they are.
+fn gated_matrix<'a>(gate: Linear<'a, CudaBackend>, up: Linear<'a, CudaBackend>) -> Option<&'a Matrix> {
+    Joined::all(&[gate.weight.joined_matrix(), up.weight.joined_matrix()])
+}
+
+fn gate_of(activation: Activation) -> Gate {
+    match activation {
+        Activation::SwiGlu => Gate::SwiGlu,
+        Activation::SwiGluClamped { alpha, limit } => Gate::Clamped { alpha, limit },
     }
 }
 

@@ -86,7 +86,8 @@ impl CudaBackend {
         let sampled = |(i, row): (usize, &SampleRow<'_>)| {
             Ok(match sampling.results[i].outcome() {
                 Outcome::Chosen { token, logprob, n_top } => {
-                    let top = |j: usize| (sampling.top_tokens[i * limits.top + j], sampling.top_logprobs[i * limits.top + j]);
+                    let top =
+                        |j: usize| (sampling.top_tokens[i * limits.top + j], sampling.top_logprobs[i * limits.top + j]);
                     let n_top = n_top.min(row.n_logprobs.unwrap_or(0) as usize);
                     let logprobs = row.n_logprobs.map(|_| (logprob, (0..n_top).map(top).collect()));
                     Sampled::Token { token, logprobs }

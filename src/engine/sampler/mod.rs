@@ -25,8 +25,8 @@ pub use mask::TokenMask;
 pub use philox::{philox4x32_10, random_u64};
 pub use weight::{WEIGHT_ONE, exp_nonpositive, weight};
 
-use penalties::History;
 use crate::backend::{SampleRow, Sampled};
+use penalties::History;
 use playhouse_actors::engine::{Logprob, SamplingParams, TokenLogprobs};
 
 /// Why a row of logits gives no token. The request fails, the engine is well.
@@ -74,10 +74,8 @@ impl Chosen {
         match sampled {
             Sampled::Token { token, logprobs } => {
                 let listed = |(token, logprob)| Logprob { token, logprob };
-                let logprobs = logprobs.map(|(chosen, top)| TokenLogprobs {
-                    chosen,
-                    top: top.into_iter().map(listed).collect(),
-                });
+                let logprobs =
+                    logprobs.map(|(chosen, top)| TokenLogprobs { chosen, top: top.into_iter().map(listed).collect() });
                 Ok(Chosen { token, logprobs })
             }
             Sampled::NotFinite { token, found } => Err(SampleError::NotFinite { token, found }),
