@@ -63,11 +63,16 @@ DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
                  : "r"(address));
 }
 
-// Address of the rows of the kv head in the block that holds a position; any for positions that are not valid.
+// The rows of the kv head in a block of the tile (0 or 1), and how many of them are there; rows of any block if none are.
+struct HeadRows {
+    const uint8_t *rows;
+    int n;
+};
 template <class KV, int HS>
-DEVICE const uint8_t *head_of(const uint8_t *cache, const unsigned *table, int position, bool valid, int kv_head, int n_kv_heads) {
-    const size_t block = valid ? table[position / KV_BLOCK_TOKENS] : 0;
-    return cache + (block * n_kv_heads + kv_head) * KV::head_bytes(HS);
+DEVICE HeadRows head_rows(const uint8_t *cache, const unsigned *table, int tile, int block, int n_positions, int kv_head, int n_kv_heads) {
+    const int first = tile * KV_TILE + block * KV_BLOCK_TOKENS, n = min(n_positions - first, KV_BLOCK_TOKENS);
+    const size_t at = n > 0 ? table[first / KV_BLOCK_TOKENS] : 0;
+    return {cache + (at * n_kv_heads + kv_head) * KV::head_bytes(HS), n};
 }
 
 // f16. A stage in shared memory is a tile of keys and one of values, rows of a position 16 bytes longer than they need be:
@@ -87,12 +92,16 @@ struct HalfKv {
     }
     template <int HS, int THREADS>
     static DEVICE void copy_part(uint32_t target, const uint8_t *cache, const unsigned *table, int tile, int n_positions, int kv_head, int n_kv_heads) {
-        constexpr int PIECES = HS / 8;
-        for (int i = threadIdx.x; i < KV_TILE * PIECES; i += THREADS) {
-            const int row = i / PIECES, part = i % PIECES, position = tile * KV_TILE + row;
-            const bool valid = position < n_positions;
-            const uint8_t *head = head_of<HalfKv, HS>(cache, table, position, valid, kv_head, n_kv_heads);
-            copy_async_16(target + row * ROW<HS> + part * 16, head + position % KV_BLOCK_TOKENS * (2 * HS) + part * 16, valid);
+        constexpr int PIECES = HS / 8; // of 16 bytes in a row
+#pragma unroll
+        for (int block = 0; block < KV_TILE / KV_BLOCK_TOKENS; block++) {
+            const HeadRows head = head_rows<HalfKv, HS>(cache, table, tile, block, n_positions, kv_head, n_kv_heads);
+#pragma unroll
+            for (int first = 0; first < KV_BLOCK_TOKENS * PIECES; first += THREADS) {
+                const int i = first + threadIdx.x, row = i / PIECES;
+                if (KV_BLOCK_TOKENS * PIECES % THREADS != 0 && row >= KV_BLOCK_TOKENS) break;
+                copy_async_16(target + (block * KV_BLOCK_TOKENS + row) * ROW<HS> + i % PIECES * 16, head.rows + i * 16, row < head.n);
+            }
         }
     }
 
@@ -150,19 +159,22 @@ struct ByteKv {
     template <int HS, int THREADS>
     static DEVICE void copy_part(uint32_t target, uint32_t scales, const uint8_t *cache, const unsigned *table, int tile, int n_positions,
                                  int kv_head, int n_kv_heads) {
-        constexpr int PIECES = HS / 16;
-        for (int i = threadIdx.x; i < KV_TILE * PIECES; i += THREADS) {
-            const int row = i / PIECES, part = i % PIECES, position = tile * KV_TILE + row;
-            const bool valid = position < n_positions;
-            const uint8_t *head = head_of<ByteKv, HS>(cache, table, position, valid, kv_head, n_kv_heads);
-            copy_async_16(target + row * ROW<HS> + part * 16, head + position % KV_BLOCK_TOKENS * byte_row(HS) + part * 16, valid);
-        }
-        // Eight tokens' scales at a time; those of tokens that are not there must be zeros, for 0 times NaN is NaN.
-        for (int i = threadIdx.x; i < SCALES<HS> / 16; i += THREADS) {
-            const int in_block = i % (4 * GROUPS<HS>), first = tile * KV_TILE + i / (4 * GROUPS<HS>) * KV_BLOCK_TOKENS + in_block % 4 * 8;
-            const int bytes = min(max(2 * (n_positions - first), 0), 16);
-            const uint8_t *head = head_of<ByteKv, HS>(cache, table, first, bytes > 0, kv_head, n_kv_heads);
-            copy_async_16(scales + i * 16, head + KV_BLOCK_TOKENS * byte_row(HS) + in_block * 16, bytes);
+        constexpr int PIECES = HS / 16, PER_BLOCK = 4 * GROUPS<HS>; // of 16 bytes: in a row, and of a block's scales
+#pragma unroll
+        for (int block = 0; block < KV_TILE / KV_BLOCK_TOKENS; block++) {
+            const HeadRows head = head_rows<ByteKv, HS>(cache, table, tile, block, n_positions, kv_head, n_kv_heads);
+#pragma unroll
+            for (int first = 0; first < KV_BLOCK_TOKENS * PIECES; first += THREADS) {
+                const int i = first + threadIdx.x, row = i / PIECES, part = i % PIECES;
+                if (KV_BLOCK_TOKENS * PIECES % THREADS != 0 && row >= KV_BLOCK_TOKENS) break;
+                const uint32_t to = target + (block * KV_BLOCK_TOKENS + row) * ROW<HS> + part * 16;
+                copy_async_16(to, head.rows + row * byte_row(HS) + part * 16, row < head.n);
+            }
+            // Eight tokens' scales at a time; those of tokens that are not there must be zeros, for 0 times NaN is NaN.
+            if (threadIdx.x < PER_BLOCK) {
+                const int i = threadIdx.x, bytes = min(max(2 * (head.n - i % 4 * 8), 0), 16);
+                copy_async_16(scales + (block * PER_BLOCK + i) * 16, head.rows + KV_BLOCK_TOKENS * byte_row(HS) + i * 16, bytes);
+            }
         }
     }
 

@@ -12,6 +12,7 @@ constexpr int WARPS = THREADS / WARP;
 constexpr int TILE = 4 * THREADS; // ids that a block takes at once
 constexpr int MAX_TILES = 512;    // 2^20 ids
 constexpr int LIST = 2048;        // candidates that a block can hold
+constexpr int FINISH = 256;       // candidates of all blocks that are ranked one by one
 constexpr int WORDS = 9;
 constexpr int SECTIONS = 8;
 
@@ -59,8 +60,10 @@ struct Shared {
     uint64_t tile[MAX_TILES];
     uint64_t mass[LIST];
     uint64_t listed[LIST]; // key << 32 | id
+    uint64_t few_mass[FINISH], few[FINISH]; // of the list, what is brought together
+    uint64_t all_mass[FINISH], all[FINISH]; // of all blocks
     uint64_t found[2];
-    unsigned n_listed;
+    unsigned n_listed, n_few;
 };
 
 // A row, and the part of it that this block has.
@@ -231,17 +234,77 @@ DEVICE void place_cuts(unsigned (&cuts)[SECTIONS], int step, unsigned low, unsig
     }
 }
 
-// Appends (key, id, weight) to the block's list where `wanted`; warps together. Beyond LIST only the count goes on.
-DEVICE void append(Shared &shared, bool wanted, unsigned key, unsigned id, uint64_t mass) {
-    const unsigned ballot = __ballot_sync(0xffffffffu, wanted), lane = threadIdx.x % WARP;
-    if (ballot == 0) return;
-    unsigned first = 0;
-    if (lane == 0) first = atomicAdd(&shared.n_listed, static_cast<unsigned>(__popc(ballot)));
-    first = __shfl_sync(0xffffffffu, first, 0) + __popc(ballot & ((1u << lane) - 1));
-    if (wanted && first < LIST) {
-        shared.listed[first] = static_cast<uint64_t>(key) << 32 | id;
-        shared.mass[first] = mass;
+// Appends (key, id, weight) of up to four ids to the block's list where `wanted`; warps together. Beyond LIST only the count goes on,
+// until it has passed LIST.
+DEVICE void append(Shared &shared, const bool (&wanted)[4], const unsigned (&key)[4], unsigned id, const uint64_t (&mass)[4]) {
+    const unsigned n_own = wanted[0] + wanted[1] + wanted[2] + wanted[3], lane = threadIdx.x % WARP;
+    if (!__any_sync(0xffffffffu, n_own != 0)) return;
+    if (__shfl_sync(0xffffffffu, *static_cast<volatile unsigned *>(&shared.n_listed), 0) > LIST) return;
+    unsigned upto = n_own;
+#pragma unroll
+    for (int offset = 1; offset < WARP; offset <<= 1) {
+        const unsigned other = __shfl_up_sync(0xffffffffu, upto, offset);
+        if (lane >= offset) upto += other;
     }
+    unsigned first = 0;
+    if (lane == WARP - 1) first = atomicAdd(&shared.n_listed, upto);
+    first = __shfl_sync(0xffffffffu, first, WARP - 1) + upto - n_own;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (wanted[i] && first < LIST) {
+            shared.listed[first] = static_cast<uint64_t>(key[i]) << 32 | (id + i);
+            shared.mass[first] = mass[i];
+        }
+        first += wanted[i];
+    }
+}
+
+// Brings together what the blocks' lists have with keys in low .. high - 1, in any order; the caller knows that it is at most FINISH.
+DEVICE unsigned gather(Shared &shared, Row &row, unsigned low, unsigned high) {
+    cluster_sync(); // the last gathering is over everywhere
+    if (threadIdx.x == 0) shared.n_few = 0;
+    __syncthreads();
+    for (unsigned i = threadIdx.x; i < shared.n_listed; i += THREADS) {
+        const unsigned key = shared.listed[i] >> 32;
+        if (key < low || key >= high) continue;
+        const unsigned at = atomicAdd(&shared.n_few, 1u);
+        shared.few[at] = shared.listed[i];
+        shared.few_mass[at] = shared.mass[i];
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) shared.slot[row.phase][0] = shared.n_few;
+    cluster_sync();
+    unsigned n_all = 0;
+    for (unsigned r = 0; r < row.size; r++) {
+        const unsigned n_other = from_block(&shared.slot[row.phase][0], r);
+        for (unsigned i = threadIdx.x; i < n_other; i += THREADS) {
+            shared.all[n_all + i] = from_block(&shared.few[i], r);
+            shared.all_mass[n_all + i] = from_block(&shared.few_mass[i], r);
+        }
+        n_all += n_other;
+    }
+    row.phase ^= 1;
+    __syncthreads();
+    return n_all;
+}
+
+// Of key << 32 | id: the greater ranks first (key descending, id ascending).
+DEVICE uint64_t rank_of(uint64_t key_and_id) { return key_and_id ^ 0xffffffffull; }
+
+// The shortest run of first ranks whose measure reaches the target, which is among few candidates; `above` is the measure above them.
+template <bool BY_MASS>
+DEVICE Cut finish(Shared &shared, Row &row, unsigned low, unsigned high, uint64_t above, uint64_t target) {
+    const unsigned n_all = gather(shared, row, low, high);
+    if (threadIdx.x < n_all) {
+        const uint64_t own = rank_of(shared.all[threadIdx.x]), measure = BY_MASS ? shared.all_mass[threadIdx.x] : 1;
+        uint64_t upto = above;
+        for (unsigned j = 0; j < n_all; j++) {
+            if (rank_of(shared.all[j]) >= own) upto += BY_MASS ? shared.all_mass[j] : 1;
+        }
+        if (upto >= target && upto - measure < target) shared.found[0] = shared.all[threadIdx.x];
+    }
+    __syncthreads();
+    return Cut{static_cast<unsigned>(shared.found[0] >> 32), static_cast<unsigned>(shared.found[0])};
 }
 
 // The shortest run of first ranks, inside `outer` and not below the key `low`, whose measure reaches a target: the number of
@@ -249,13 +312,14 @@ DEVICE void append(Shared &shared, bool wanted, unsigned key, unsigned id, uint6
 template <bool BY_MASS>
 DEVICE Cut first_ranks(Shared &shared, Row &row, Cut outer, unsigned low, unsigned max_key, float temperature, unsigned n, float top_p) {
     const float max = logit_of(max_key);
+    const Scale scale = scale_of(max, temperature);
     unsigned high = max_key + 1;
     uint64_t above = 0, target = n;
     bool is_listed = false;
     for (int step = 0;; step++) {
         unsigned cuts[SECTIONS];
         place_cuts(cuts, step, low, high, max, temperature);
-        uint64_t sums[SECTIONS + 1] = {};
+        uint64_t sums[SECTIONS + 1] = {}; // from each cut up, and the number of ids
         auto take = [&](unsigned key, uint64_t measure) {
 #pragma unroll
             for (int i = 0; i < SECTIONS; i++) sums[i] += key >= cuts[i] ? measure : 0;
@@ -271,15 +335,20 @@ DEVICE Cut first_ranks(Shared &shared, Row &row, Cut outer, unsigned low, unsign
             if (threadIdx.x == 0) shared.n_listed = 0;
             __syncthreads();
             for_quads<2>(row, [&](int id, const float(&v)[4]) {
+                unsigned key[4];
+                bool wanted[4];
+                uint64_t measure[4] = {1, 1, 1, 1};
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const unsigned key = key_of(v[i]);
-                    const bool wanted = key >= low && key < high && is_inside(outer, key, id + i);
-                    uint64_t measure = 1;
-                    if (BY_MASS && wanted) measure = weight(v[i], max, temperature);
-                    if (wanted) take(key, measure);
-                    if (step > 0) append(shared, wanted, key, id + i, measure);
+                    key[i] = key_of(v[i]);
+                    wanted[i] = key[i] >= low && key[i] < high && is_inside(outer, key[i], id + i);
                 }
+                if (BY_MASS) weights(measure, v, scale, wanted[0] || wanted[1] || wanted[2] || wanted[3]);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    if (wanted[i]) take(key[i], measure[i]);
+                }
+                if (step > 0) append(shared, wanted, key, id, measure);
             });
         }
         join<SECTIONS + 1, false>(shared, row, sums);
@@ -310,11 +379,13 @@ DEVICE Cut first_ranks(Shared &shared, Row &row, Cut outer, unsigned low, unsign
         above = over;
         if (here == target) return Cut{low, NO_ID};
         if (high - low == 1) {
-            const uint64_t each = BY_MASS ? weight(logit_of(low), max, temperature) : 1;
+            const uint64_t each = BY_MASS ? weight(logit_of(low), scale) : 1;
             const uint64_t needed = (target - above + each - 1) / each;
             if (needed * each >= here - above) return Cut{low, NO_ID};
             return Cut{low, nth_equal(shared, row, low, needed, outer)};
         }
+        // Every block that had no list made one in this step, for its own were few enough.
+        if (step > 0 && sums[SECTIONS] <= FINISH) return finish<BY_MASS>(shared, row, low, high, above, target);
     }
 }
 
@@ -352,21 +423,22 @@ DEVICE void adjust(const SampleArgs &args, const SampleRow &params, Row &row) {
 
 // Draws among the ids inside both cuts, in ascending order of ids. Gives back key << 32 | id in every thread.
 DEVICE uint64_t draw(Shared &shared, Row &row, const SampleRow &params, unsigned max_key, Cut by_k, Cut by_p) {
-    const float max = logit_of(max_key);
+    const Scale scale = scale_of(logit_of(max_key), params.temperature);
     uint64_t least = fraction_of(params.min_p, WEIGHT_ONE);
     if (least == 0) least = 1;
-    auto kept = [&](int id, float v) -> uint64_t {
-        const unsigned key = key_of(v);
-        if (!is_inside(by_k, key, id) || !is_inside(by_p, key, id)) return 0;
-        const uint64_t w = weight(v, max, params.temperature);
-        return w >= least ? w : 0;
+    auto kept = [&](int id, const float(&v)[4], uint64_t(&w)[4]) {
+        bool is_kept[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) is_kept[i] = is_inside(by_k, key_of(v[i]), id + i) && is_inside(by_p, key_of(v[i]), id + i);
+        weights(w, v, scale, is_kept[0] || is_kept[1] || is_kept[2] || is_kept[3]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) w[i] = is_kept[i] && w[i] >= least ? w[i] : 0;
+        return w[0] + w[1] + w[2] + w[3];
     };
     for (int i = threadIdx.x; i < MAX_TILES; i += THREADS) shared.tile[i] = 0;
     __syncthreads();
     for_quads<2>(row, [&](int id, const float(&v)[4]) {
-        uint64_t sum = 0;
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum += kept(id + i, v[i]);
+        uint64_t w[4], sum = kept(id, v, w);
         if (__any_sync(0xffffffffu, sum != 0)) {
 #pragma unroll
             for (int offset = 16; offset > 0; offset >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
@@ -389,9 +461,7 @@ DEVICE uint64_t draw(Shared &shared, Row &row, const SampleRow &params, unsigned
         const int id = (row.first_tile + static_cast<int>(shared.found[0])) * TILE + 4 * threadIdx.x;
         const float4 quad = load_quad(row, id);
         const float v[4] = {quad.x, quad.y, quad.z, quad.w};
-        uint64_t w[4], sum = 0;
-#pragma unroll
-        for (int i = 0; i < 4; i++) w[i] = kept(id + i, v[i]), sum += w[i];
+        uint64_t w[4], sum = kept(id, v, w);
         uint64_t running = shared.found[1] + sum_before(shared, sum, in_tile);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -410,9 +480,11 @@ DEVICE float logprob(float logit, float max, double log_total) {
 // ln of the sum of exp(logit - max).
 DEVICE double log_of_total(Shared &shared, Row &row, float max) {
     uint64_t total[1] = {0};
+    const Scale scale = scale_of(max, 1.0f);
     for_quads<2>(row, [&](int, const float(&v)[4]) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) total[0] += weight(v[i], max, 1.0f);
+        uint64_t w[4];
+        weights(w, v, scale);
+        total[0] += w[0] + w[1] + w[2] + w[3];
     });
     join<1, false>(shared, row, total);
     return log_f64(__ddiv_rn(__ull2double_rn(total[0]), static_cast<double>(WEIGHT_ONE)));
@@ -426,30 +498,22 @@ DEVICE unsigned report_top(Shared &shared, Row &row, unsigned n, unsigned max_ke
     if (threadIdx.x == 0) shared.n_listed = 0;
     __syncthreads();
     for_quads<2>(row, [&](int id, const float(&v)[4]) {
+        unsigned key[4];
+        bool wanted[4];
+        const uint64_t mass[4] = {};
 #pragma unroll
-        for (int i = 0; i < 4; i++) append(shared, is_inside(cut, key_of(v[i]), id + i), key_of(v[i]), id + i, 0);
+        for (int i = 0; i < 4; i++) key[i] = key_of(v[i]), wanted[i] = is_inside(cut, key[i], id + i);
+        append(shared, wanted, key, id, mass);
     });
     __syncthreads();
-    // Each block places its own among all, which it gathers in the list of weights.
-    const unsigned n_own = shared.n_listed;
-    if (threadIdx.x == 0) shared.slot[row.phase][0] = n_own;
-    cluster_sync();
-    unsigned n_all = 0;
-    for (unsigned r = 0; r < row.size; r++) {
-        const unsigned n_other = from_block(&shared.slot[row.phase][0], r);
-        for (unsigned i = threadIdx.x; i < n_other; i += THREADS) shared.mass[n_all + i] = from_block(&shared.listed[i], r);
-        n_all += n_other;
-    }
-    __syncthreads();
-    for (unsigned i = threadIdx.x; i < n_own; i += THREADS) {
-        // Key descending, id ascending: as one number, id inverted, descending.
-        const uint64_t own = shared.listed[i];
+    const unsigned n_all = gather(shared, row, 0, NO_ID);
+    if (row.rank == 0 && threadIdx.x < n_all) {
+        const uint64_t own = shared.all[threadIdx.x];
         unsigned place = 0;
-        for (unsigned j = 0; j < n_all; j++) place += (shared.mass[j] ^ 0xffffffffull) > (own ^ 0xffffffffull);
+        for (unsigned j = 0; j < n_all; j++) place += rank_of(shared.all[j]) > rank_of(own);
         tokens[place] = static_cast<unsigned>(own);
         logprobs[place] = logprob(logit_of(own >> 32), logit_of(max_key), log_total);
     }
-    row.phase ^= 1;
     return n_all;
 }
 

@@ -388,6 +388,33 @@ fn bad_rows_are_reported_and_do_not_touch_the_others() {
 }
 
 #[test]
+fn a_few_rows_with_everything_switched_on() {
+    let Some(bench) = bench("a_few_rows_with_everything_switched_on") else { return };
+    // Small enough for a race checker: every path of the kernel in two launches.
+    let mut random = Random(76);
+    let n_vocab = 5000;
+    let base = Request { temperature: 0.9, n_logprobs: Some(4), seed: 9, ..Request::greedy() };
+    let requests = [
+        Request { top_p: 0.9, ..base },
+        Request { top_k: 30, top_p: 0.8, min_p: 0.01, ..base },
+        Request { history: Some(0), presence_penalty: 0.5, ..base },
+    ];
+    let mut rows = requests.map(Row::plain);
+    rows[1].bias = vec![(3, 1.0), (3, 2.0)];
+    rows[1].forbidden = vec![4999];
+    rows[2].emitted = vec![1, 2, 2];
+    rows[2].allowed = Some((0..n_vocab).map(|i| i % 3 != 0).collect());
+    let all: Vec<f32> =
+        (0..3 * n_vocab).map(|i| if i < n_vocab { (4.0 * random.normal()).round() } else { random.normal() }).collect();
+    for cluster in [1, 2] {
+        let found = sample(&bench, &rows, &all, n_vocab, n_vocab, Some(cluster));
+        for ((found, row), logits) in found.iter().zip(&rows).zip(all.chunks(n_vocab)) {
+            assert_same(found, &row.by_definition(logits), &format!("{:?}", row.request));
+        }
+    }
+}
+
+#[test]
 fn a_place_without_a_sequence_is_left_alone() {
     let Some(bench) = bench("a_place_without_a_sequence_is_left_alone") else { return };
     let sampler = Sampler::new(&bench.arena, limits(10, 2)).expect("fits");
