@@ -49,7 +49,9 @@ fn compare(path: &Path) -> Result<Report, Box<dyn std::error::Error>> {
     let is_f16 = file.tensors().all(|t| matches!(t.dtype.name(), "F16" | "F32" | "BF16"));
     let budget = if is_f16 { 1e-3 } else { 1e-2 };
     let is_held = all.iter().all(|d| d.is_finite()) && mean < budget && (spec.moe().is_some() || worst < budget);
-    let line = format!("divergence {worst:.2e} at worst, {mean:.2e} on average; {same} of {N_TOKENS} best tokens are the same");
+    let line = format!(
+        "divergence {worst:.2e} at worst, {mean:.2e} on average; {same} of {N_TOKENS} best tokens are the same"
+    );
     Ok(Report { line, is_held })
 }
 

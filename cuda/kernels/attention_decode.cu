@@ -9,7 +9,6 @@ template <class KV, int HS> DEVICE void attention_decode(const AttentionArgs &ar
     extern __shared__ __align__(128) uint8_t shared[];
     const uint32_t tiles = shared_address(shared);
     wait_for_predecessor();
-    dependents_may_start();
     const AttentionItem item = args.items[blockIdx.x];
     const int kv_head = blockIdx.y, split = blockIdx.z, group = args.n_heads / args.n_kv_heads, lane = threadIdx.x;
     if (item.n_rows <= item.first_row) return; // a slot of the batch without a sequence
@@ -55,7 +54,6 @@ template <class KV, int HS> DEVICE void attention_decode(const AttentionArgs &ar
 // Merges the splits of one row. Grid (n_items, NKV, partial_rows), block 32.
 template <int HS> DEVICE void attention_merge(const AttentionArgs &args) {
     wait_for_predecessor();
-    dependents_may_start();
     const AttentionItem item = args.items[blockIdx.x];
     const int kv_head = blockIdx.y, group = args.n_heads / args.n_kv_heads, lane = threadIdx.x;
     const int row = item.first_row + blockIdx.z;

@@ -63,7 +63,6 @@ template <class KV, int HS> DEVICE void attention_prefill(const AttentionArgs &a
         }
         __syncthreads();
     }
-    dependents_may_start();
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int row = item.first_row + 16 * warp + lane / 4 + 8 * r;

@@ -131,7 +131,6 @@ template <int KIND, int NT> DEVICE void matmul_large(const MatmulArgs &args) {
         take(tile, even, odd);
         if (tile + 1 < end) take(tile + 1, odd, even);
     }
-    dependents_may_start();
     if (stripe >= args.n_stripes) return;
 
 #pragma unroll
@@ -160,7 +159,6 @@ template <int KIND, int NT> DEVICE void matmul_large(const MatmulArgs &args) {
 // the threads.
 extern "C" __global__ void __launch_bounds__(256) matmul_reduce(const MatmulArgs args, int n_chunks, int column_tile) {
     wait_for_predecessor();
-    dependents_may_start();
     const int i = blockIdx.x * 256 + threadIdx.x, column = blockIdx.y;
     const bool gated = args.epilogue == GATED_F16;
     const int rows = args.n_stripes * TILE_ROWS;

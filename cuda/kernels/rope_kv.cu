@@ -57,7 +57,6 @@ template <bool BYTES> DEVICE void rope_kv(const RopeKvArgs &args) {
     auto store = [&](int i, float v) {
         if (as_bytes) rotated[i] = v; else out[i] = to_half(v);
     };
-    dependents_may_start();
     if (is_v) {
         for (int i = lane; i < dim; i += WARP) store(i, in[i]);
     } else {

@@ -29,7 +29,8 @@ impl Staging {
     /// Copies `bytes` to `target` as they are.
     pub(super) fn copy(&mut self, bytes: &[u8], target: &Buffer<u8>) -> Result<(), CudaError> {
         let step = self.loader.chunk_bytes();
-        let piece = |at: usize| Piece { source: Source::Bytes(bytes), offset: at as u64, len: step.min(bytes.len() - at) };
+        let piece =
+            |at: usize| Piece { source: Source::Bytes(bytes), offset: at as u64, len: step.min(bytes.len() - at) };
         let chunks: Vec<Vec<Piece<'_>>> = (0..bytes.len()).step_by(step).map(|at| vec![piece(at)]).collect();
         let result = self.loader.load(&chunks, |arrival| {
             let (first, piece) = (arrival.chunk * step, &arrival.pieces[0]);
