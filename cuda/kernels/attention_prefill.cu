@@ -15,7 +15,8 @@ static_assert(SHARED<HalfKv, 128> == 12 && SHARED<HalfKv, 96> == 12 && SHARED<By
 template <class KV, int HS> DEVICE void attention_prefill(const AttentionArgs &args) {
     extern __shared__ __align__(128) uint8_t shared[];
     const uint32_t tiles = shared_address(shared);
-    const AttentionItem item = args.items[blockIdx.x];
+    // The last rows of a prompt see the most: they begin first, so that none of them is alone at the end.
+    const AttentionItem item = args.items[gridDim.x - 1 - blockIdx.x];
     const int kv_head = blockIdx.y, group = args.n_heads / args.n_kv_heads;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const unsigned *table = args.tables + item.table;
