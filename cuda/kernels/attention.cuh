@@ -332,8 +332,12 @@ template <class KV, int HS> DEVICE void attend(Rows<HS> &rows, const AttentionAr
     KV::template add_values<HS>(rows.o, p, stage, lane);
 }
 
-// First tile and one past the last that rows at positions low..high see.
-DEVICE void tile_range(int low, int high, int window, int &first, int &end) {
-    first = window == 0 ? 0 : max(0, low - window + 1) / KV_TILE;
+// First tile and one past the last that an item of up to `most` rows sees, and its highest position. May run before the
+// predecessor has finished: items and positions are a step's inputs, written long before.
+DEVICE void item_range(const AttentionArgs &args, const AttentionItem &item, int most, int &first, int &end, int &high) {
+    const int group = args.n_heads / args.n_kv_heads, last_row = max(min(item.first_row + most, item.n_rows) - 1, 0);
+    const int low = args.positions[item.first_token + item.first_row / group];
+    high = args.positions[item.first_token + last_row / group];
+    first = args.window == 0 ? 0 : max(0, low - args.window + 1) / KV_TILE;
     end = high / KV_TILE + 1;
 }

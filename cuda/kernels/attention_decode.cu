@@ -8,15 +8,12 @@
 template <class KV, int HS> DEVICE void attention_decode(const AttentionArgs &args) {
     extern __shared__ __align__(128) uint8_t shared[];
     const uint32_t tiles = shared_address(shared);
-    wait_for_predecessor();
     const AttentionItem item = args.items[blockIdx.x];
-    const int kv_head = blockIdx.y, split = blockIdx.z, group = args.n_heads / args.n_kv_heads, lane = threadIdx.x;
+    const int kv_head = blockIdx.y, split = blockIdx.z, lane = threadIdx.x;
+    int first, end, high;
+    item_range(args, item, 16, first, end, high);
+    wait_for_predecessor();
     if (item.n_rows <= item.first_row) return; // a slot of the batch without a sequence
-    const int last_row = min(item.first_row + 16, item.n_rows) - 1;
-    const int low = args.positions[item.first_token + item.first_row / group];
-    const int high = args.positions[item.first_token + last_row / group];
-    int first, end;
-    tile_range(low, high, args.window, first, end);
     first = max(first, split * SPLIT_TILES);
     end = min(end, (split + 1) * SPLIT_TILES);
     if (first >= end) return;
@@ -53,16 +50,13 @@ template <class KV, int HS> DEVICE void attention_decode(const AttentionArgs &ar
 
 // Merges the splits of one row. Grid (n_items, NKV, partial_rows), block 32.
 template <int HS> DEVICE void attention_merge(const AttentionArgs &args) {
-    wait_for_predecessor();
     const AttentionItem item = args.items[blockIdx.x];
     const int kv_head = blockIdx.y, group = args.n_heads / args.n_kv_heads, lane = threadIdx.x;
     const int row = item.first_row + blockIdx.z;
+    int first, end, high;
+    item_range(args, item, 16, first, end, high);
+    wait_for_predecessor();
     if (row >= item.n_rows) return;
-    const int last_row = min(item.first_row + 16, item.n_rows) - 1;
-    const int low = args.positions[item.first_token + item.first_row / group];
-    const int high = args.positions[item.first_token + last_row / group];
-    int first, end;
-    tile_range(low, high, args.window, first, end);
     const float *in = args.partial + (static_cast<size_t>(blockIdx.x) * args.n_kv_heads + kv_head) * args.max_splits * args.partial_rows * (HS + 2) +
                       blockIdx.z * (HS + 2);
     constexpr int PER_LANE = (HS + WARP - 1) / WARP, AHEAD = 8; // splits that are loaded at once

@@ -15,14 +15,14 @@ static_assert(SHARED<HalfKv, 128> == 12 && SHARED<HalfKv, 96> == 12 && SHARED<By
 template <class KV, int HS> DEVICE void attention_prefill(const AttentionArgs &args) {
     extern __shared__ __align__(128) uint8_t shared[];
     const uint32_t tiles = shared_address(shared);
-    wait_for_predecessor();
-    const AttentionItem item = args.items[blockIdx.x];
+    // The last rows of a prompt see the most: they begin first, so that none of them is alone at the end.
+    const AttentionItem item = args.items[gridDim.x - 1 - blockIdx.x];
     const int kv_head = blockIdx.y, group = args.n_heads / args.n_kv_heads;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const unsigned *table = args.tables + item.table;
-    const int last_row = min(item.first_row + 16 * WARPS, item.n_rows) - 1;
-    const int low = args.positions[item.first_token + item.first_row / group];
-    const int high = args.positions[item.first_token + last_row / group];
+    int first, end, high;
+    item_range(args, item, 16 * WARPS, first, end, high);
+    wait_for_predecessor();
 
     Rows<HS> rows;
     load_rows<KV, HS>(rows, args, item, item.first_row + 16 * warp, kv_head, lane);
@@ -35,8 +35,6 @@ template <class KV, int HS> DEVICE void attention_prefill(const AttentionArgs &a
     };
     for (int i = 0; i < 2 * SHARED<KV, HS>; i++) merged_sums[i * 32 * WARPS] = make_float2(0.0f, 0.0f);
 
-    int first, end;
-    tile_range(low, high, args.window, first, end);
     auto stage_of = [&](int tile) { return tiles + (tile & 1) * KV::template STAGE<HS>; };
     auto copy = [&](int tile) { KV::template copy<HS, 32 * WARPS>(stage_of(tile), args, table, tile, high + 1, kv_head); };
     copy(first);
