@@ -70,18 +70,25 @@ fn main() {
     runner.loading();
 }
 
-/// Bytes per second of `y = a x + y` over 2 GiB each, read and written: the most that a plain kernel moves.
+/// Bytes per second of a kernel that reads 4 GiB of random numbers and does nothing else.
 fn bandwidth(bench: &Bench) -> f64 {
-    let n = 1_usize << 29;
-    let (x, y) = (bench.zeros::<f32>(n), bench.zeros::<f32>(n));
-    let kernel = bench.kernels.get("probe", "probe_axpy", 0).expect("a kernel");
+    let n = 4_usize << 30;
+    let mut random = Random(7);
+    let block: Vec<u64> = (0..1 << 20).map(|_| random.next()).collect();
+    let x = bench.arena.alloc::<u64>(n / 8, "bench data").expect("the arena is large enough");
+    for first in (0..n / 8).step_by(block.len()) {
+        x.slice(first..first + block.len()).write(&block).expect("a copy to the device");
+    }
+    let sink = bench.zeros::<u64>(2);
+    let kernel = bench.kernels.get("probe", "probe_read", 0).expect("a kernel");
     let seconds = median_seconds(bench, 4, |_| {
-        let args = Args::new().with(y.ptr()).with(x.ptr()).with(1.0_f32).with(n as u32);
-        // SAFETY: the arguments are the kernel's parameters in order; both buffers have `n` elements.
-        unsafe { kernel.launch(&bench.gpu, Launch::new(((n / 256) as u32, 1, 1), (256, 1, 1)), args) }
+        let args = Args::new().with(sink.ptr()).with(x.ptr()).with((n / 16) as u64);
+        let blocks = 8 * bench.gpu.info().n_sms;
+        // SAFETY: the arguments are the kernel's parameters in order; x has `n` bytes, the sink 16.
+        unsafe { kernel.launch(&bench.gpu, Launch::new((blocks, 1, 1), (256, 1, 1)), args) }
     });
     bench.arena.reset();
-    3.0 * 4.0 * n as f64 / seconds.expect("a launch")
+    n as f64 / seconds.expect("a launch")
 }
 
 /// Median seconds of one of `n` launches in a graph.
