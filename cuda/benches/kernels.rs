@@ -2,7 +2,7 @@
 //!
 //! `cargo bench -p playhouse-cuda --bench kernels [part of a name]`. Each line is the median of 7 replays of a graph of
 //! launches over rotating copies of the data, together larger than the L2 cache; random numbers throughout. The limit of
-//! bytes is a device-to-device copy (read and written bytes); that of operations is `PLAYHOUSE_PEAK_TFLOPS`, by default the 797
+//! bytes is a kernel that does nothing else (`probe.cu`); that of operations is `PLAYHOUSE_PEAK_TFLOPS`, by default the 797
 //! TFLOP/s that an H200's library product reaches.
 
 #[path = "../tests/support/mod.rs"]
@@ -12,6 +12,7 @@ use half::f16;
 use playhouse_cuda::CudaError;
 use playhouse_cuda::arena::Buffer;
 use playhouse_cuda::graph::Capture;
+use playhouse_cuda::kernels::{Args, Launch};
 use playhouse_cuda::launch::attention::{
     Attention, BLOCK_TOKENS, DECODE_ROWS, DecodeItems, Heads, Item, KvFormat, KvLayer, PREFILL_ROWS, SPLIT,
     decode_partial_len, rows_of_one_token,
@@ -53,9 +54,9 @@ fn main() {
     let filter = std::env::args().skip(1).find(|arg| !arg.starts_with("--"));
     let Some(bench) = bench("the kernel bench") else { return };
     let peak = std::env::var("PLAYHOUSE_PEAK_TFLOPS").ok().and_then(|v| v.parse().ok()).unwrap_or(797.0);
-    let ceilings = Ceilings { bytes_per_second: copy_bandwidth(&bench), flops_per_second: peak * 1e12 };
+    let ceilings = Ceilings { bytes_per_second: bandwidth(&bench), flops_per_second: peak * 1e12 };
     println!(
-        "{}: copy {:.2} TB/s, products {peak:.0} TFLOP/s",
+        "{}: memory {:.2} TB/s, products {peak:.0} TFLOP/s",
         bench.gpu.info().name,
         ceilings.bytes_per_second / 1e12
     );
@@ -69,13 +70,25 @@ fn main() {
     runner.loading();
 }
 
-/// Bytes per second of a copy within the device, read and written.
-fn copy_bandwidth(bench: &Bench) -> f64 {
-    let n = 2 << 30;
-    let (a, b) = (bench.zeros::<u8>(n), bench.zeros::<u8>(n));
-    let seconds = median_seconds(bench, 4, |_| b.copy_from(&a)).expect("a copy");
+/// Bytes per second of a kernel that reads 4 GiB of random numbers and does nothing else.
+fn bandwidth(bench: &Bench) -> f64 {
+    let n = 4_usize << 30;
+    let mut random = Random(7);
+    let block: Vec<u64> = (0..1 << 20).map(|_| random.next()).collect();
+    let x = bench.arena.alloc::<u64>(n / 8, "bench data").expect("the arena is large enough");
+    for first in (0..n / 8).step_by(block.len()) {
+        x.slice(first..first + block.len()).write(&block).expect("a copy to the device");
+    }
+    let sink = bench.zeros::<u64>(2);
+    let kernel = bench.kernels.get("probe", "probe_read", 0).expect("a kernel");
+    let seconds = median_seconds(bench, 4, |_| {
+        let args = Args::new().with(sink.ptr()).with(x.ptr()).with((n / 16) as u64);
+        let blocks = 8 * bench.gpu.info().n_sms;
+        // SAFETY: the arguments are the kernel's parameters in order; x has `n` bytes, the sink 16.
+        unsafe { kernel.launch(&bench.gpu, Launch::new((blocks, 1, 1), (256, 1, 1)), args) }
+    });
     bench.arena.reset();
-    2.0 * n as f64 / seconds
+    n as f64 / seconds.expect("a launch")
 }
 
 /// Median seconds of one of `n` launches in a graph.

@@ -63,11 +63,16 @@ DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
                  : "r"(address));
 }
 
-// Address of the rows of the kv head in the block that holds a position; any for positions that are not valid.
+// The rows of the kv head in a block of the tile (0 or 1), and how many of them are there; rows of any block if none are.
+struct HeadRows {
+    const uint8_t *rows;
+    int n;
+};
 template <class KV, int HS>
-DEVICE const uint8_t *head_of(const uint8_t *cache, const unsigned *table, int position, bool valid, int kv_head, int n_kv_heads) {
-    const size_t block = valid ? table[position / KV_BLOCK_TOKENS] : 0;
-    return cache + (block * n_kv_heads + kv_head) * KV::head_bytes(HS);
+DEVICE HeadRows head_rows(const uint8_t *cache, const unsigned *table, int tile, int block, int n_positions, int kv_head, int n_kv_heads) {
+    const int first = tile * KV_TILE + block * KV_BLOCK_TOKENS, n = min(n_positions - first, KV_BLOCK_TOKENS);
+    const size_t at = n > 0 ? table[first / KV_BLOCK_TOKENS] : 0;
+    return {cache + (at * n_kv_heads + kv_head) * KV::head_bytes(HS), n};
 }
 
 // f16. A stage in shared memory is a tile of keys and one of values, rows of a position 16 bytes longer than they need be:
@@ -87,12 +92,16 @@ struct HalfKv {
     }
     template <int HS, int THREADS>
     static DEVICE void copy_part(uint32_t target, const uint8_t *cache, const unsigned *table, int tile, int n_positions, int kv_head, int n_kv_heads) {
-        constexpr int PIECES = HS / 8;
-        for (int i = threadIdx.x; i < KV_TILE * PIECES; i += THREADS) {
-            const int row = i / PIECES, part = i % PIECES, position = tile * KV_TILE + row;
-            const bool valid = position < n_positions;
-            const uint8_t *head = head_of<HalfKv, HS>(cache, table, position, valid, kv_head, n_kv_heads);
-            copy_async_16(target + row * ROW<HS> + part * 16, head + position % KV_BLOCK_TOKENS * (2 * HS) + part * 16, valid);
+        constexpr int PIECES = HS / 8; // of 16 bytes in a row
+#pragma unroll
+        for (int block = 0; block < KV_TILE / KV_BLOCK_TOKENS; block++) {
+            const HeadRows head = head_rows<HalfKv, HS>(cache, table, tile, block, n_positions, kv_head, n_kv_heads);
+#pragma unroll
+            for (int first = 0; first < KV_BLOCK_TOKENS * PIECES; first += THREADS) {
+                const int i = first + threadIdx.x, row = i / PIECES;
+                if (KV_BLOCK_TOKENS * PIECES % THREADS != 0 && row >= KV_BLOCK_TOKENS) break;
+                copy_async_16(target + (block * KV_BLOCK_TOKENS + row) * ROW<HS> + i % PIECES * 16, head.rows + i * 16, row < head.n);
+            }
         }
     }
 
@@ -150,19 +159,22 @@ struct ByteKv {
     template <int HS, int THREADS>
     static DEVICE void copy_part(uint32_t target, uint32_t scales, const uint8_t *cache, const unsigned *table, int tile, int n_positions,
                                  int kv_head, int n_kv_heads) {
-        constexpr int PIECES = HS / 16;
-        for (int i = threadIdx.x; i < KV_TILE * PIECES; i += THREADS) {
-            const int row = i / PIECES, part = i % PIECES, position = tile * KV_TILE + row;
-            const bool valid = position < n_positions;
-            const uint8_t *head = head_of<ByteKv, HS>(cache, table, position, valid, kv_head, n_kv_heads);
-            copy_async_16(target + row * ROW<HS> + part * 16, head + position % KV_BLOCK_TOKENS * byte_row(HS) + part * 16, valid);
-        }
-        // Eight tokens' scales at a time; those of tokens that are not there must be zeros, for 0 times NaN is NaN.
-        for (int i = threadIdx.x; i < SCALES<HS> / 16; i += THREADS) {
-            const int in_block = i % (4 * GROUPS<HS>), first = tile * KV_TILE + i / (4 * GROUPS<HS>) * KV_BLOCK_TOKENS + in_block % 4 * 8;
-            const int bytes = min(max(2 * (n_positions - first), 0), 16);
-            const uint8_t *head = head_of<ByteKv, HS>(cache, table, first, bytes > 0, kv_head, n_kv_heads);
-            copy_async_16(scales + i * 16, head + KV_BLOCK_TOKENS * byte_row(HS) + in_block * 16, bytes);
+        constexpr int PIECES = HS / 16, PER_BLOCK = 4 * GROUPS<HS>; // of 16 bytes: in a row, and of a block's scales
+#pragma unroll
+        for (int block = 0; block < KV_TILE / KV_BLOCK_TOKENS; block++) {
+            const HeadRows head = head_rows<ByteKv, HS>(cache, table, tile, block, n_positions, kv_head, n_kv_heads);
+#pragma unroll
+            for (int first = 0; first < KV_BLOCK_TOKENS * PIECES; first += THREADS) {
+                const int i = first + threadIdx.x, row = i / PIECES, part = i % PIECES;
+                if (KV_BLOCK_TOKENS * PIECES % THREADS != 0 && row >= KV_BLOCK_TOKENS) break;
+                const uint32_t to = target + (block * KV_BLOCK_TOKENS + row) * ROW<HS> + part * 16;
+                copy_async_16(to, head.rows + row * byte_row(HS) + part * 16, row < head.n);
+            }
+            // Eight tokens' scales at a time; those of tokens that are not there must be zeros, for 0 times NaN is NaN.
+            if (threadIdx.x < PER_BLOCK) {
+                const int i = threadIdx.x, bytes = min(max(2 * (head.n - i % 4 * 8), 0), 16);
+                copy_async_16(scales + (block * PER_BLOCK + i) * 16, head.rows + KV_BLOCK_TOKENS * byte_row(HS) + i * 16, bytes);
+            }
         }
     }
 
@@ -320,8 +332,12 @@ template <class KV, int HS> DEVICE void attend(Rows<HS> &rows, const AttentionAr
     KV::template add_values<HS>(rows.o, p, stage, lane);
 }
 
-// First tile and one past the last that rows at positions low..high see.
-DEVICE void tile_range(int low, int high, int window, int &first, int &end) {
-    first = window == 0 ? 0 : max(0, low - window + 1) / KV_TILE;
+// First tile and one past the last that an item of up to `most` rows sees, and its highest position. May run before the
+// predecessor has finished: items and positions are a step's inputs, written long before.
+DEVICE void item_range(const AttentionArgs &args, const AttentionItem &item, int most, int &first, int &end, int &high) {
+    const int group = args.n_heads / args.n_kv_heads, last_row = max(min(item.first_row + most, item.n_rows) - 1, 0);
+    const int low = args.positions[item.first_token + item.first_row / group];
+    high = args.positions[item.first_token + last_row / group];
+    first = args.window == 0 ? 0 : max(0, low - args.window + 1) / KV_TILE;
     end = high / KV_TILE + 1;
 }

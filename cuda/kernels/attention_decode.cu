@@ -8,15 +8,12 @@
 template <class KV, int HS> DEVICE void attention_decode(const AttentionArgs &args) {
     extern __shared__ __align__(128) uint8_t shared[];
     const uint32_t tiles = shared_address(shared);
-    wait_for_predecessor();
     const AttentionItem item = args.items[blockIdx.x];
-    const int kv_head = blockIdx.y, split = blockIdx.z, group = args.n_heads / args.n_kv_heads, lane = threadIdx.x;
+    const int kv_head = blockIdx.y, split = blockIdx.z, lane = threadIdx.x;
+    int first, end, high;
+    item_range(args, item, 16, first, end, high);
+    wait_for_predecessor();
     if (item.n_rows <= item.first_row) return; // a slot of the batch without a sequence
-    const int last_row = min(item.first_row + 16, item.n_rows) - 1;
-    const int low = args.positions[item.first_token + item.first_row / group];
-    const int high = args.positions[item.first_token + last_row / group];
-    int first, end;
-    tile_range(low, high, args.window, first, end);
     first = max(first, split * SPLIT_TILES);
     end = min(end, (split + 1) * SPLIT_TILES);
     if (first >= end) return;
@@ -36,7 +33,6 @@ template <class KV, int HS> DEVICE void attention_decode(const AttentionArgs &ar
         __syncwarp();
         attend<KV, HS>(rows, args, tiles + (tile - first) * KV::template STAGE<HS>, tile, lane);
     }
-    dependents_may_start();
     float *out = args.partial +
                  ((static_cast<size_t>(blockIdx.x) * args.n_kv_heads + kv_head) * args.max_splits + split) * args.partial_rows * (HS + 2);
 #pragma unroll
@@ -54,33 +50,38 @@ template <class KV, int HS> DEVICE void attention_decode(const AttentionArgs &ar
 
 // Merges the splits of one row. Grid (n_items, NKV, partial_rows), block 32.
 template <int HS> DEVICE void attention_merge(const AttentionArgs &args) {
-    wait_for_predecessor();
     const AttentionItem item = args.items[blockIdx.x];
     const int kv_head = blockIdx.y, group = args.n_heads / args.n_kv_heads, lane = threadIdx.x;
     const int row = item.first_row + blockIdx.z;
+    int first, end, high;
+    item_range(args, item, 16, first, end, high);
+    wait_for_predecessor();
     if (row >= item.n_rows) return;
-    const int last_row = min(item.first_row + 16, item.n_rows) - 1;
-    const int low = args.positions[item.first_token + item.first_row / group];
-    const int high = args.positions[item.first_token + last_row / group];
-    int first, end;
-    tile_range(low, high, args.window, first, end);
     const float *in = args.partial + (static_cast<size_t>(blockIdx.x) * args.n_kv_heads + kv_head) * args.max_splits * args.partial_rows * (HS + 2) +
                       blockIdx.z * (HS + 2);
-    constexpr int PER_LANE = (HS + WARP - 1) / WARP;
+    constexpr int PER_LANE = (HS + WARP - 1) / WARP, AHEAD = 8; // splits that are loaded at once
+    const int last_split = (end - 1) / SPLIT_TILES;
     float m = -CUDART_INF_F, l = 0.0f, o[PER_LANE] = {};
-    for (int split = first / SPLIT_TILES; split <= (end - 1) / SPLIT_TILES; split++) {
-        const float *part = in + static_cast<size_t>(split) * args.partial_rows * (HS + 2);
-        const float m2 = part[HS], l2 = part[HS + 1];
-        if (m2 == -CUDART_INF_F) continue;
-        float keep, take;
-        merge(m, l, m2, l2, keep, take);
+    for (int split = first / SPLIT_TILES; split <= last_split; split += AHEAD) {
+        float m2[AHEAD], l2[AHEAD], o2[AHEAD][PER_LANE];
 #pragma unroll
-        for (int i = 0; i < PER_LANE; i++) {
-            const int d = lane + WARP * i;
-            if (d < HS) o[i] = merged(o[i], part[d], keep, take);
+        for (int s = 0; s < AHEAD; s++) {
+            const float *part = in + static_cast<size_t>(split + s) * args.partial_rows * (HS + 2);
+            const bool valid = split + s <= last_split;
+            m2[s] = valid ? part[HS] : -CUDART_INF_F;
+            l2[s] = valid ? part[HS + 1] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < PER_LANE; i++) o2[s][i] = valid && lane + WARP * i < HS ? part[lane + WARP * i] : 0.0f;
+        }
+#pragma unroll
+        for (int s = 0; s < AHEAD; s++) {
+            if (m2[s] == -CUDART_INF_F) continue; // nothing there that this row sees
+            float keep, take;
+            merge(m, l, m2[s], l2[s], keep, take);
+#pragma unroll
+            for (int i = 0; i < PER_LANE; i++) o[i] = merged(o[i], o2[s][i], keep, take);
         }
     }
-    dependents_may_start();
     const int head = kv_head * group + row % group;
     const float factor = finish_factor(m, l, args.sinks, head);
     half *out = args.out + static_cast<size_t>(item.first_token + row / group) * args.out_stride + head * HS;

@@ -7,14 +7,16 @@
 
 constexpr int WARP = 32;
 
-// Lets the next kernel of the stream start its prologue, and waits for the previous one's results. Both are
-// no-ops before sm_90 and in launches without the attribute.
+// Programmatic dependent launch: the next kernel of the stream may start, up to its own wait, once every block of this one has
+// said so; its wait lasts until this one has ended and its results can be seen. So it is said first of all, and nothing that
+// the predecessor writes or reads is touched before the wait. Both are no-ops before sm_90 and in launches without the attribute.
 DEVICE void dependents_may_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 DEVICE void wait_for_predecessor() {
+    dependents_may_start();
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif

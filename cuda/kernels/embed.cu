@@ -9,7 +9,6 @@ template <int FORMAT> DEVICE void embed(float *x, const uint8_t *table, const un
     const uint8_t *row = table + tokens[blockIdx.x] * row_bytes;
     float *out = x + static_cast<size_t>(blockIdx.x) * n_cols;
     const int sixteen = blockIdx.y * 64 + threadIdx.x, first = sixteen * 16;
-    dependents_may_start();
     if (first >= n_cols) return;
     if constexpr (FORMAT <= FMT_BF16) {
         for (int k = first; k < min(first + 16, n_cols); k++) out[k] = scale * take_plain<FORMAT>(row, k);

@@ -6,7 +6,6 @@
 extern "C" __global__ void __launch_bounds__(256)
     gate_up(half *h, const float *g, const float *u, int n_rows, int h_stride, float alpha, float limit) {
     wait_for_predecessor();
-    dependents_may_start();
     const int row = blockIdx.x * 256 + threadIdx.x;
     if (row >= n_rows) return;
     const size_t column = blockIdx.y, cell = column * n_rows + row;

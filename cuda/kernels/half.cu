@@ -4,7 +4,6 @@
 
 extern "C" __global__ void __launch_bounds__(256) to_half_rows(half *y, const float *x, int n_cols, int y_stride) {
     wait_for_predecessor();
-    dependents_may_start();
     const int c = blockIdx.x * 256 + threadIdx.x;
     if (c >= y_stride) return;
     const size_t row = blockIdx.y;

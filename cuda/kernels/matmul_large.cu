@@ -1,15 +1,22 @@
 // Y = W X for many columns (prefill, big batches): W in tiles (tiles.cuh), x f16, y f32 or f16.   Bound by: the tensor cores.
 // x [rows, x_stride] f16, zero beyond n_cols   y [n, y_stride]   columns gathered and matrices chosen per column tile for experts.
-// Grid (ceil(stripes / 8), ceil(n / NT), 1 or n_chunks), block 256: two warpgroups of 64 rows share a tile of NT columns of x in
-// shared memory (4 stages of 64 k, 128-byte swizzle); each warp dequantises its 16 rows in registers. Sums are cut at
-// the chunk borders of tiles.cuh and added in ascending order: bit for bit what matmul_small.cu gives.
+// Grid (ceil(stripes / 8), ceil(n / NT), 1 or n_chunks), block 256: two warpgroups of 64 rows share a tile of NT columns of x.
+// Tiles of x (64 k, 128-byte swizzle) and of W go to shared memory LOOKAHEAD tiles ahead; each warp dequantises its 16 rows in
+// registers while the tensor cores multiply the tile before. Sums are cut at the chunk borders of tiles.cuh and added in ascending
+// order: bit for bit what matmul_small.cu gives.
 // With grid.z > 1 a block sums one chunk and writes it to `partial`; matmul_reduce adds them in order.
 #include "matmul.cuh"
 #include "wgmma.cuh"
 
 constexpr int THREADS = 256;
 constexpr int STRIPES_PER_BLOCK = 8;
-constexpr int STAGES = 4;
+// Mirrored by `stages` in launch/matmul.rs: other chips have less shared memory.
+#if HAS_WGMMA
+constexpr int LOOKAHEAD = 4;
+#else
+constexpr int LOOKAHEAD = 2;
+#endif
+constexpr int STAGES = LOOKAHEAD + 2; // the tiles ahead, the one that is multiplied, and the one before, which may still be
 
 // Copies the tile `tile` of k of NT columns into a stage: row = column of x, 16-byte pieces swizzled by row.
 template <int NT> DEVICE void copy_columns(uint32_t stage, const half *const (&source)[NT / 32], const bool (&live)[NT / 32], int tile) {
@@ -86,33 +93,39 @@ template <int KIND, int NT> DEVICE void matmul_large(const MatmulArgs &args) {
         (static_cast<size_t>(mat) * args.n_stripes + min(stripe, args.n_stripes - 1)) * args.n_tiles;
 
     float acc[NT / 8][4] = {}, total[NT / 8][4] = {};
+    const uint32_t own_tiles = stages + STAGES * STAGE_BYTES + warp * tile_bytes(KIND);
+    constexpr int TILE_BYTES = STRIPES_PER_BLOCK * tile_bytes(KIND);
     auto copy = [&](int tile) {
-        if (tile < end) copy_columns<NT>(stages + (tile - begin) % STAGES * STAGE_BYTES, source, live, tile);
+        if (tile < end) {
+            const int stage = (tile - begin) % STAGES;
+            copy_columns<NT>(stages + stage * STAGE_BYTES, source, live, tile);
+            copy_tile<KIND>(own_tiles + stage * TILE_BYTES, args.w, first_tile + tile, lane);
+        }
         copy_async_commit();
     };
-    copy(begin);
-    copy(begin + 1);
-    RawTile<KIND> raw;
-    load_tile(raw, args.w, first_tile + begin, lane);
-    uint32_t even[4][4], odd[4][4];
+    auto dequantise = [&](uint32_t (&a)[4][4], int tile) {
+        RawTile<KIND> raw;
+        load_tile_shared(raw, shared + STAGES * STAGE_BYTES + warp * tile_bytes(KIND) + (tile - begin) % STAGES * TILE_BYTES, lane);
 #pragma unroll
-    for (int s = 0; s < 4; s++) fragment(even[s], raw, s);
-    if (begin + 1 < end) load_tile(raw, args.w, first_tile + begin + 1, lane);
+        for (int s = 0; s < 4; s++) fragment(a[s], raw, s);
+    };
+#pragma unroll
+    for (int i = 0; i < LOOKAHEAD; i++) copy(begin + i);
+    uint32_t even[4][4], odd[4][4];
+    copy_async_wait<LOOKAHEAD - 1>();
+    __syncwarp();
+    dequantise(even, begin);
     int left_in_chunk = per_chunk;
     // Multiplies one tile; while the tensor cores are at it, dequantises the next one, whose registers were read by the tile before.
     auto take = [&](int tile, uint32_t (&now)[4][4], uint32_t (&next)[4][4]) {
-        copy_async_wait<1>();
+        copy_async_wait<LOOKAHEAD - 2>(); // this tile and the next are there
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncthreads();
         multiply_tile<KIND, NT>(acc, now, stages + (tile - begin) % STAGES * STAGE_BYTES);
         // The stage filled here was read two tiles ago, by products that every thread waited for before this barrier.
-        copy(tile + 2);
+        copy(tile + LOOKAHEAD);
         products_done<1>();
-        if (tile + 1 < end) {
-#pragma unroll
-            for (int s = 0; s < 4; s++) fragment(next[s], raw, s);
-            if (tile + 2 < end) load_tile(raw, args.w, first_tile + tile + 2, lane);
-        }
+        if (tile + 1 < end) dequantise(next, tile + 1);
         if (--left_in_chunk == 0 || tile + 1 == end) {
             left_in_chunk = per_chunk;
             products_done<0>();
@@ -131,7 +144,6 @@ template <int KIND, int NT> DEVICE void matmul_large(const MatmulArgs &args) {
         take(tile, even, odd);
         if (tile + 1 < end) take(tile + 1, odd, even);
     }
-    dependents_may_start();
     if (stripe >= args.n_stripes) return;
 
 #pragma unroll
@@ -160,7 +172,6 @@ template <int KIND, int NT> DEVICE void matmul_large(const MatmulArgs &args) {
 // the threads.
 extern "C" __global__ void __launch_bounds__(256) matmul_reduce(const MatmulArgs args, int n_chunks, int column_tile) {
     wait_for_predecessor();
-    dependents_may_start();
     const int i = blockIdx.x * 256 + threadIdx.x, column = blockIdx.y;
     const bool gated = args.epilogue == GATED_F16;
     const int rows = args.n_stripes * TILE_ROWS;

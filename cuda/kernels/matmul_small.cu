@@ -14,8 +14,10 @@ template <int KIND> __host__ __device__ constexpr int depth() {
     return KIND == F16 ? 2 : KIND == Q4 || KIND == MX4 ? 8 : 4;
 }
 
-// Rows of x in shared memory are 16 bytes longer than they need be: the lanes of a fragment then meet every bank once.
+// x in shared memory: per tile of 64 k the 16 values of lane t = 0..3 of a fragment one after another, so that a lane takes them
+// with two loads; rows are 16 bytes longer than they need be.
 DEVICE int shared_stride(int n_tiles) { return n_tiles * TILE_K + 8; }
+DEVICE int shared_place(int k) { return k / TILE_K * TILE_K + k % 8 / 2 * 16 + k % TILE_K / 8 * 2 + k % 2; }
 
 // x to shared memory, normalised if it comes in f32. Ends with a barrier.
 DEVICE void stage_x(half *xs, const MatmulArgs &args, const half *x, int thread, int n_threads) {
@@ -24,10 +26,11 @@ DEVICE void stage_x(half *xs, const MatmulArgs &args, const half *x, int thread,
         const int pieces = width / 8;
         for (int i = thread; i < args.n * pieces; i += n_threads) {
             const int row = i / pieces, part = i % pieces;
-            copy_async_16(shared_address(xs + row * stride + part * 8), x + static_cast<size_t>(row) * args.x_stride + part * 8, true);
+            const uint4 v = *reinterpret_cast<const uint4 *>(x + static_cast<size_t>(row) * args.x_stride + part * 8);
+            half *target = xs + row * stride + shared_place(part * 8);
+            *reinterpret_cast<uint32_t *>(target) = v.x, *reinterpret_cast<uint32_t *>(target + 16) = v.y;
+            *reinterpret_cast<uint32_t *>(target + 32) = v.z, *reinterpret_cast<uint32_t *>(target + 48) = v.w;
         }
-        copy_async_commit();
-        copy_async_wait<0>();
         __syncthreads();
         return;
     }
@@ -42,13 +45,13 @@ DEVICE void stage_x(half *xs, const MatmulArgs &args, const half *x, int thread,
         const float *in = args.x_full + static_cast<size_t>(row) * args.n_cols;
         const float inverse = inverse_rms(sums[row], args.n_cols, args.norm_eps, lane);
         for (int c = thread; c < width; c += n_threads) {
-            xs[row * stride + c] = c < args.n_cols ? to_half(in[c] * inverse * args.norm_weight[c]) : __float2half_rn(0.0f);
+            xs[row * stride + shared_place(c)] = c < args.n_cols ? to_half(in[c] * inverse * args.norm_weight[c]) : __float2half_rn(0.0f);
         }
     }
     __syncthreads();
 }
 
-// Adds the chunks of a stripe and writes its rows. Grid-wide one thread a cell.
+// Adds the chunks of a stripe and writes its rows. A thread has a cell at a time.
 DEVICE void finish_stripe(const MatmulArgs &args, const float (*partial)[TILE_ROWS * 8], int mat, int stripe, int job) {
     const int n_chunks = blockDim.y, first = threadIdx.y * WARP + threadIdx.x, step = n_chunks * WARP;
     if (args.epilogue == GATED_F16) {
@@ -73,6 +76,7 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ float partial[2][8][TILE_ROWS * 8];
     const int lane = threadIdx.x, warp = threadIdx.y, job = blockIdx.y;
+    dependents_may_start();
     // Experts: the matrix of a job is known only once the router has run.
     if (args.mat_of != nullptr) wait_for_predecessor();
     const int mat = args.mat_of == nullptr ? 0 : args.mat_of[job];
@@ -89,9 +93,10 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
     wait_for_predecessor();
     half *xs = reinterpret_cast<half *>(shared);
     if (STAGED) stage_x(xs, args, x, warp * WARP + lane, blockDim.y * WARP);
-    const int column = lane / 4;
-    const bool live = column < args.n;
-    const half *x_lane = (STAGED ? xs + column * shared_stride(args.n_tiles) : x + static_cast<size_t>(column) * args.x_stride) + 2 * (lane % 4);
+    // Columns that there are not repeat the first: their sums are not written.
+    const int column = lane / 4 < args.n ? lane / 4 : 0;
+    const half *x_lane = STAGED ? xs + column * shared_stride(args.n_tiles) + 16 * (lane % 4)
+                                : x + static_cast<size_t>(column) * args.x_stride + 2 * (lane % 4);
 
     int turn = 0;
     for (int stripe = blockIdx.x; stripe < args.n_stripes; stripe += gridDim.x) {
@@ -108,9 +113,14 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
                 const int tile = tile0 + d;
                 if (tile < end) {
                     uint32_t b[8];
+                    if constexpr (STAGED) {
+                        const uint4 *own = reinterpret_cast<const uint4 *>(x_lane + tile * TILE_K);
+                        const uint4 low = own[0], high = own[1];
+                        b[0] = low.x, b[1] = low.y, b[2] = low.z, b[3] = low.w;
+                        b[4] = high.x, b[5] = high.y, b[6] = high.z, b[7] = high.w;
+                    } else {
 #pragma unroll
-                    for (int i = 0; i < 8; i++) {
-                        b[i] = live ? *reinterpret_cast<const uint32_t *>(x_lane + tile * TILE_K + 8 * i) : 0u;
+                        for (int i = 0; i < 8; i++) b[i] = *reinterpret_cast<const uint32_t *>(x_lane + tile * TILE_K + 8 * i);
                     }
 #pragma unroll
                     for (int s = 0; s < 4; s++) {
@@ -129,7 +139,6 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
             partial[turn][warp][col * TILE_ROWS + row] = acc[e];
         }
         __syncthreads();
-        if (stripe + gridDim.x >= args.n_stripes) dependents_may_start();
         finish_stripe(args, partial[turn], mat, stripe, job);
         turn ^= 1;
     }

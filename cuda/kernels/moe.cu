@@ -18,7 +18,6 @@ extern "C" __global__ void __launch_bounds__(32)
         own[i] = e < n_experts && in[e] > -INFINITY ? in[e] : -INFINITY; // NaN ranks last: an expert must exist
     }
     unsigned taken = 0; // bit i: own[i] was chosen
-    dependents_may_start();
     float chosen = 0.0f, top = 0.0f, sum = 0.0f;
     for (int k = 0; k < n_used; k++) {
         float best = -INFINITY;
@@ -67,7 +66,6 @@ extern "C" __global__ void __launch_bounds__(1024)
         }
     }
     __syncthreads();
-    dependents_may_start();
     // A warp an expert: pairs are placed in ascending order, so that the layout is the same every time.
     const int lane = thread % WARP;
     for (int e = thread / WARP; e < n_experts; e += 1024 / WARP) {
@@ -92,7 +90,6 @@ extern "C" __global__ void __launch_bounds__(256) moe_tokens(int *token_of, cons
     wait_for_predecessor();
     const int i = blockIdx.x * 256 + threadIdx.x;
     if (i < n) token_of[i] = pair_of[i] < 0 ? -1 : pair_of[i] / n_used;
-    dependents_may_start();
 }
 
 // x[t] += sum over k of weights[t, k] * y[slot of (t, k)], k ascending: descending router score.
@@ -102,7 +99,6 @@ extern "C" __global__ void __launch_bounds__(256)
     wait_for_predecessor();
     const int c = blockIdx.x * 256 + threadIdx.x;
     const size_t t = blockIdx.y;
-    dependents_may_start();
     if (c >= n_cols) return;
     float sum = 0.0f;
     for (int k = 0; k < n_used; k++) {

@@ -8,7 +8,6 @@ extern "C" __global__ void __launch_bounds__(NORM_LANES)
     rms_norm(half *y, const float *x, const float *w, const unsigned *rows, int n_cols, int y_stride, float eps) {
     __shared__ float partial[NORM_WARPS];
     wait_for_predecessor();
-    dependents_may_start();
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const size_t row = rows == nullptr ? blockIdx.x : rows[blockIdx.x];
     const float *in = x + row * n_cols;

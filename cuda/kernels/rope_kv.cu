@@ -41,23 +41,32 @@ DEVICE void store_bytes(uint8_t *head, int token, const float *row, int dim, int
 
 template <bool BYTES> DEVICE void rope_kv(const RopeKvArgs &args) {
     __shared__ float rotated[MAX_DIM];
-    wait_for_predecessor();
     const int token = blockIdx.x, head = blockIdx.y, lane = threadIdx.x, dim = args.head_dim;
     const bool is_q = head < args.n_heads, is_v = head >= args.n_heads + args.n_kv_heads;
     const int kv_head = is_q ? 0 : (head - args.n_heads) % args.n_kv_heads;
     const float *in = args.qkv + static_cast<size_t>(token) * args.qkv_stride +
                       (is_q ? head * dim : (is_v ? args.v_first : args.k_first) + kv_head * dim);
     const unsigned slot = is_q ? 0 : args.slots[token];
-    if (slot == NO_SLOT) return;
     uint8_t *rows = (is_v ? args.v_cache : args.k_cache) +
                     (static_cast<size_t>(slot / KV_BLOCK_TOKENS) * args.n_kv_heads + kv_head) * (BYTES ? byte_head_bytes(dim) : half_head_bytes(dim));
     half *out = is_q ? args.q_out + (static_cast<size_t>(token) * args.n_heads + head) * dim
                      : reinterpret_cast<half *>(rows) + slot % KV_BLOCK_TOKENS * dim;
     const bool as_bytes = BYTES && !is_q;
+    // Inputs of the step and tables are there before the predecessor has finished.
+    const int half_rot = args.n_rot / 2;
+    const float *cosines = args.table + static_cast<size_t>(is_v ? 0 : args.positions[token]) * args.n_rot;
+    float cosine[MAX_DIM / 2 / WARP], sine[MAX_DIM / 2 / WARP];
+#pragma unroll
+    for (int p = 0; p < MAX_DIM / 2 / WARP; p++) {
+        const int i = lane + p * WARP;
+        const bool rotates = !is_v && i < half_rot;
+        cosine[p] = rotates ? cosines[i] : 1.0f, sine[p] = rotates ? cosines[half_rot + i] : 0.0f;
+    }
+    wait_for_predecessor();
+    if (slot == NO_SLOT) return;
     auto store = [&](int i, float v) {
         if (as_bytes) rotated[i] = v; else out[i] = to_half(v);
     };
-    dependents_may_start();
     if (is_v) {
         for (int i = lane; i < dim; i += WARP) store(i, in[i]);
     } else {
@@ -68,15 +77,16 @@ template <bool BYTES> DEVICE void rope_kv(const RopeKvArgs &args) {
             for (int i = lane; i < dim; i += WARP) sum += in[i] * in[i];
             inverse = rsqrtf(warp_sum(sum) / dim + args.norm_eps);
         }
-        const int half_rot = args.n_rot / 2;
-        const float *cosines = args.table + static_cast<size_t>(args.positions[token]) * args.n_rot, *sines = cosines + half_rot;
-        for (int i = lane; i < half_rot; i += WARP) {
+#pragma unroll
+        for (int p = 0; p < MAX_DIM / 2 / WARP; p++) {
+            const int i = lane + p * WARP;
+            if (i >= half_rot) break;
             const int a = args.interleaved ? 2 * i : i, b = args.interleaved ? 2 * i + 1 : i + half_rot;
             float x = in[a], y = in[b];
             if (norm != nullptr) x *= inverse * norm[a], y *= inverse * norm[b];
             // Written so that no compiler contracts it differently in two places.
-            store(a, __fmaf_rn(x, cosines[i], -__fmul_rn(y, sines[i])));
-            store(b, __fmaf_rn(y, cosines[i], __fmul_rn(x, sines[i])));
+            store(a, __fmaf_rn(x, cosine[p], -__fmul_rn(y, sine[p])));
+            store(b, __fmaf_rn(y, cosine[p], __fmul_rn(x, sine[p])));
         }
         for (int i = args.n_rot + lane; i < dim; i += WARP) store(i, norm != nullptr ? in[i] * inverse * norm[i] : in[i]);
     }

@@ -4,16 +4,7 @@
 // A row's weights are integers, so their sums are the same in any order and for any number of blocks; ids are ranked by
 // (logit descending, id ascending), and the threshold of top-k and top-p is found by cutting the range of logits in
 // eight, again and again, until the cut is at one id or one logit.   Reference: engine/sampler, bit for bit.
-#include "cluster.cuh"
-#include "sample.cuh"
-
-constexpr int THREADS = 512;
-constexpr int WARPS = THREADS / WARP;
-constexpr int TILE = 4 * THREADS; // ids that a block takes at once
-constexpr int MAX_TILES = 512;    // 2^20 ids
-constexpr int LIST = 2048;        // candidates that a block can hold
-constexpr int WORDS = 9;
-constexpr int SECTIONS = 8;
+#include "ranks.cuh"
 
 enum Status : unsigned { CHOSEN = 0, NOT_FINITE = 1, NOTHING_TO_CHOOSE = 2, UNUSED = 3 };
 
@@ -52,272 +43,6 @@ struct SampleArgs {
     int n_vocab, stride, mask_words, max_top;
 };
 
-struct Shared {
-    uint64_t slot[2][WORDS]; // what the other blocks of the cluster read, in turn
-    uint64_t total[WORDS];
-    uint64_t part[WARPS][WORDS];
-    uint64_t tile[MAX_TILES];
-    uint64_t mass[LIST];
-    uint64_t listed[LIST]; // key << 32 | id
-    uint64_t found[2];
-    unsigned n_listed;
-};
-
-// A row, and the part of it that this block has.
-struct Row {
-    float *logits;
-    int n_vocab, first_tile, end_tile;
-    bool by_four; // rows are aligned to 16 bytes
-    unsigned rank, size;
-    int phase;
-};
-
-DEVICE float4 load_quad(const Row &row, int id) {
-    if (row.by_four && id + 3 < row.n_vocab) return *reinterpret_cast<const float4 *>(row.logits + id);
-    float v[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = id + i < row.n_vocab ? row.logits[id + i] : -INFINITY;
-    return make_float4(v[0], v[1], v[2], v[3]);
-}
-
-// Calls f(first id, logits) for every four ids of the block, warps together, ids ascending.
-template <int AHEAD, class F> DEVICE void for_quads(const Row &row, F f) {
-    for (int tile = row.first_tile; tile < row.end_tile; tile += AHEAD) {
-        float4 quads[AHEAD];
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const int id = (tile + i) * TILE + 4 * threadIdx.x;
-            quads[i] = tile + i < row.end_tile ? load_quad(row, id) : make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-        }
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (tile + i >= row.end_tile) break;
-            const float v[4] = {quads[i].x, quads[i].y, quads[i].z, quads[i].w};
-            f((tile + i) * TILE + 4 * static_cast<int>(threadIdx.x), v);
-        }
-    }
-}
-
-template <bool IS_MAX> DEVICE uint64_t joined(uint64_t a, uint64_t b) { return IS_MAX ? (a > b ? a : b) : a + b; }
-
-// Joins each value over all threads of the cluster: the sum, or the greatest. Every thread gets the result.
-template <int N, bool IS_MAX> DEVICE void join(Shared &shared, Row &row, uint64_t (&v)[N]) {
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-#pragma unroll
-        for (int offset = 16; offset > 0; offset >>= 1) v[i] = joined<IS_MAX>(v[i], __shfl_xor_sync(0xffffffffu, v[i], offset));
-        if (lane == 0) shared.part[warp][i] = v[i];
-    }
-    __syncthreads();
-    if (threadIdx.x < N) {
-        uint64_t own = shared.part[0][threadIdx.x];
-        for (int w = 1; w < WARPS; w++) own = joined<IS_MAX>(own, shared.part[w][threadIdx.x]);
-        shared.slot[row.phase][threadIdx.x] = own;
-        if (row.size == 1) shared.total[threadIdx.x] = own;
-    }
-    if (row.size > 1) {
-        cluster_sync();
-        if (threadIdx.x < N) {
-            uint64_t all = 0;
-            for (unsigned r = 0; r < row.size; r++) all = joined<IS_MAX>(all, from_block(&shared.slot[row.phase][threadIdx.x], r));
-            shared.total[threadIdx.x] = all;
-        }
-    }
-    __syncthreads();
-    row.phase ^= 1; // a block that is ahead writes the other slot; it cannot be two ahead
-#pragma unroll
-    for (int i = 0; i < N; i++) v[i] = shared.total[i];
-}
-
-// Sum of the values of the threads before this one; `total` is that of all threads of the block.
-DEVICE uint64_t sum_before(Shared &shared, uint64_t v, uint64_t &total) {
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    uint64_t upto = v;
-#pragma unroll
-    for (int offset = 1; offset < WARP; offset <<= 1) {
-        const uint64_t other = __shfl_up_sync(0xffffffffu, upto, offset);
-        if (lane >= offset) upto += other;
-    }
-    __syncthreads();
-    if (lane == WARP - 1) shared.part[warp][0] = upto;
-    __syncthreads();
-    uint64_t before = 0;
-    total = 0;
-    for (int w = 0; w < WARPS; w++) {
-        if (w < warp) before += shared.part[w][0];
-        total += shared.part[w][0];
-    }
-    __syncthreads();
-    return before + upto - v;
-}
-
-// Sum of the blocks' values before this block's; `total` is that of the cluster. `own` is the same in all threads.
-DEVICE uint64_t blocks_before(Shared &shared, Row &row, uint64_t own, uint64_t &total) {
-    total = own;
-    if (row.size == 1) return 0;
-    if (threadIdx.x == 0) shared.slot[row.phase][0] = own;
-    cluster_sync();
-    uint64_t before = 0;
-    total = 0;
-    for (unsigned r = 0; r < row.size; r++) {
-        const uint64_t other = from_block(&shared.slot[row.phase][0], r);
-        if (r < row.rank) before += other;
-        total += other;
-    }
-    row.phase ^= 1;
-    return before;
-}
-
-// Ids that rank among the first: a key above `key`, or that key and an id up to `last`.
-struct Cut {
-    unsigned key, last;
-};
-DEVICE bool is_inside(const Cut &cut, unsigned key, unsigned id) { return key > cut.key || (key == cut.key && id <= cut.last); }
-
-constexpr unsigned NO_ID = 0xffffffffu;
-
-// The id of the `wanted`-th of the ids inside `outer` that have this key, in ascending order of ids.
-DEVICE unsigned nth_equal(Shared &shared, Row &row, unsigned key, uint64_t wanted, Cut outer) {
-    uint64_t count[1] = {0};
-    auto equal = [&](int id, float v) { return key_of(v) == key && id < row.n_vocab && is_inside(outer, key, id); };
-    for_quads<1>(row, [&](int id, const float(&v)[4]) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) count[0] += equal(id + i, v[i]);
-    });
-    uint64_t own, total;
-    sum_before(shared, count[0], own);
-    const uint64_t before = blocks_before(shared, row, own, total);
-    uint64_t found[1] = {0};
-    if (before < wanted && wanted <= before + own) {
-        uint64_t running = before;
-        for (int tile = row.first_tile; tile < row.end_tile; tile++) {
-            const int id = tile * TILE + 4 * threadIdx.x;
-            const float4 quad = load_quad(row, id);
-            const float v[4] = {quad.x, quad.y, quad.z, quad.w};
-            uint64_t n = 0, in_tile;
-            for (int i = 0; i < 4; i++) n += equal(id + i, v[i]);
-            uint64_t at = running + sum_before(shared, n, in_tile);
-            for (int i = 0; i < 4; i++) {
-                if (equal(id + i, v[i]) && ++at == wanted) found[0] = id + i;
-            }
-            running += in_tile;
-            if (running >= wanted) break;
-        }
-    }
-    join<1, true>(shared, row, found);
-    return found[0];
-}
-
-// Where the ids are cut in the next step: ascending, the first is `low`, none above `high`.
-DEVICE void place_cuts(unsigned (&cuts)[SECTIONS], int step, unsigned low, unsigned high, float best, float temperature) {
-    const unsigned width = high - low;
-    cuts[0] = low;
-    for (int i = 1; i < SECTIONS; i++) {
-        unsigned cut;
-        if (step == 0) {
-            // 16, 8, 4 ... 1/4 temperatures below the highest logit: most nuclei end there.
-            cut = key_of(__fsub_rn(best, __fmul_rn(temperature, exp2f(5.0f - i))));
-        } else if (width <= SECTIONS) {
-            cut = low + min(static_cast<unsigned>(i), width);
-        } else if (step % 2 == 1) {
-            // Evenly spaced logits: their density changes slowly. Every other step halves the integers thrice, whatever the density.
-            const float share = 0.125f * i;
-            cut = key_of(__fadd_rn(__fmul_rn(logit_of(low), 1.0f - share), __fmul_rn(logit_of(high - 1), share)));
-        } else {
-            cut = low + static_cast<unsigned>(static_cast<uint64_t>(width) * i / SECTIONS);
-        }
-        cuts[i] = min(max(cut, cuts[i - 1]), high);
-    }
-}
-
-// Appends (key, id, weight) to the block's list where `wanted`; warps together. Beyond LIST only the count goes on.
-DEVICE void append(Shared &shared, bool wanted, unsigned key, unsigned id, uint64_t mass) {
-    const unsigned ballot = __ballot_sync(0xffffffffu, wanted), lane = threadIdx.x % WARP;
-    if (ballot == 0) return;
-    unsigned first = 0;
-    if (lane == 0) first = atomicAdd(&shared.n_listed, static_cast<unsigned>(__popc(ballot)));
-    first = __shfl_sync(0xffffffffu, first, 0) + __popc(ballot & ((1u << lane) - 1));
-    if (wanted && first < LIST) {
-        shared.listed[first] = static_cast<uint64_t>(key) << 32 | id;
-        shared.mass[first] = mass;
-    }
-}
-
-// The shortest run of first ranks, inside `outer` and not below the key `low`, whose measure reaches a target: the number of
-// ids `n` (BY_MASS false), or `top_p` of the weight of all of them. All of them if their measure is less.
-template <bool BY_MASS>
-DEVICE Cut first_ranks(Shared &shared, Row &row, Cut outer, unsigned low, unsigned max_key, float temperature, unsigned n, float top_p) {
-    const float max = logit_of(max_key);
-    unsigned high = max_key + 1;
-    uint64_t above = 0, target = n;
-    bool is_listed = false;
-    for (int step = 0;; step++) {
-        unsigned cuts[SECTIONS];
-        place_cuts(cuts, step, low, high, max, temperature);
-        uint64_t sums[SECTIONS + 1] = {};
-        auto take = [&](unsigned key, uint64_t measure) {
-#pragma unroll
-            for (int i = 0; i < SECTIONS; i++) sums[i] += key >= cuts[i] ? measure : 0;
-            sums[SECTIONS] += 1;
-        };
-        if (is_listed) {
-            for (unsigned i = threadIdx.x; i < shared.n_listed; i += THREADS) {
-                const unsigned key = shared.listed[i] >> 32;
-                if (key >= low && key < high) take(key, BY_MASS ? shared.mass[i] : 1);
-            }
-        } else {
-            __syncthreads();
-            if (threadIdx.x == 0) shared.n_listed = 0;
-            __syncthreads();
-            for_quads<2>(row, [&](int id, const float(&v)[4]) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const unsigned key = key_of(v[i]);
-                    const bool wanted = key >= low && key < high && is_inside(outer, key, id + i);
-                    uint64_t measure = 1;
-                    if (BY_MASS && wanted) measure = weight(v[i], max, temperature);
-                    if (wanted) take(key, measure);
-                    if (step > 0) append(shared, wanted, key, id + i, measure);
-                }
-            });
-        }
-        join<SECTIONS + 1, false>(shared, row, sums);
-        if (!is_listed) is_listed = step > 0 && shared.n_listed <= LIST;
-        if (step == 0) {
-            if (BY_MASS) {
-                target = fraction_of(top_p, sums[0]);
-                if (target == 0) target = 1; // rank 0 is kept, and has 2^43
-            }
-            if (sums[0] < target) return Cut{low, NO_ID};
-        }
-        // Of an id alone in the range nothing needs to be known but that it is needed.
-        if (sums[SECTIONS] == 1) return Cut{low, NO_ID};
-        unsigned next = high;
-        uint64_t here = above, over = above; // here: from the cut up; over: above the new range
-#pragma unroll
-        for (int i = SECTIONS - 1; i >= 0; i--) {
-            const uint64_t sum = above + sums[i];
-            if (here < target) {
-                if (sum < target) {
-                    next = cuts[i];
-                } else {
-                    low = cuts[i], high = next, over = here;
-                }
-                here = sum;
-            }
-        }
-        above = over;
-        if (here == target) return Cut{low, NO_ID};
-        if (high - low == 1) {
-            const uint64_t each = BY_MASS ? weight(logit_of(low), max, temperature) : 1;
-            const uint64_t needed = (target - above + each - 1) / each;
-            if (needed * each >= here - above) return Cut{low, NO_ID};
-            return Cut{low, nth_equal(shared, row, low, needed, outer)};
-        }
-    }
-}
-
 // Bias, penalties, mask and forbidden ids, in the block's own part of the row.
 DEVICE void adjust(const SampleArgs &args, const SampleRow &params, Row &row) {
     const int first = row.first_tile * TILE, end = min(row.end_tile * TILE, row.n_vocab);
@@ -352,21 +77,22 @@ DEVICE void adjust(const SampleArgs &args, const SampleRow &params, Row &row) {
 
 // Draws among the ids inside both cuts, in ascending order of ids. Gives back key << 32 | id in every thread.
 DEVICE uint64_t draw(Shared &shared, Row &row, const SampleRow &params, unsigned max_key, Cut by_k, Cut by_p) {
-    const float max = logit_of(max_key);
+    const Scale scale = scale_of(logit_of(max_key), params.temperature);
     uint64_t least = fraction_of(params.min_p, WEIGHT_ONE);
     if (least == 0) least = 1;
-    auto kept = [&](int id, float v) -> uint64_t {
-        const unsigned key = key_of(v);
-        if (!is_inside(by_k, key, id) || !is_inside(by_p, key, id)) return 0;
-        const uint64_t w = weight(v, max, params.temperature);
-        return w >= least ? w : 0;
+    auto kept = [&](int id, const float(&v)[4], uint64_t(&w)[4]) {
+        bool is_kept[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) is_kept[i] = is_inside(by_k, key_of(v[i]), id + i) && is_inside(by_p, key_of(v[i]), id + i);
+        weights(w, v, scale, is_kept[0] || is_kept[1] || is_kept[2] || is_kept[3]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) w[i] = is_kept[i] && w[i] >= least ? w[i] : 0;
+        return w[0] + w[1] + w[2] + w[3];
     };
     for (int i = threadIdx.x; i < MAX_TILES; i += THREADS) shared.tile[i] = 0;
     __syncthreads();
     for_quads<2>(row, [&](int id, const float(&v)[4]) {
-        uint64_t sum = 0;
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum += kept(id + i, v[i]);
+        uint64_t w[4], sum = kept(id, v, w);
         if (__any_sync(0xffffffffu, sum != 0)) {
 #pragma unroll
             for (int offset = 16; offset > 0; offset >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
@@ -389,9 +115,7 @@ DEVICE uint64_t draw(Shared &shared, Row &row, const SampleRow &params, unsigned
         const int id = (row.first_tile + static_cast<int>(shared.found[0])) * TILE + 4 * threadIdx.x;
         const float4 quad = load_quad(row, id);
         const float v[4] = {quad.x, quad.y, quad.z, quad.w};
-        uint64_t w[4], sum = 0;
-#pragma unroll
-        for (int i = 0; i < 4; i++) w[i] = kept(id + i, v[i]), sum += w[i];
+        uint64_t w[4], sum = kept(id, v, w);
         uint64_t running = shared.found[1] + sum_before(shared, sum, in_tile);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -410,9 +134,11 @@ DEVICE float logprob(float logit, float max, double log_total) {
 // ln of the sum of exp(logit - max).
 DEVICE double log_of_total(Shared &shared, Row &row, float max) {
     uint64_t total[1] = {0};
+    const Scale scale = scale_of(max, 1.0f);
     for_quads<2>(row, [&](int, const float(&v)[4]) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) total[0] += weight(v[i], max, 1.0f);
+        uint64_t w[4];
+        weights(w, v, scale);
+        total[0] += w[0] + w[1] + w[2] + w[3];
     });
     join<1, false>(shared, row, total);
     return log_f64(__ddiv_rn(__ull2double_rn(total[0]), static_cast<double>(WEIGHT_ONE)));
@@ -426,30 +152,22 @@ DEVICE unsigned report_top(Shared &shared, Row &row, unsigned n, unsigned max_ke
     if (threadIdx.x == 0) shared.n_listed = 0;
     __syncthreads();
     for_quads<2>(row, [&](int id, const float(&v)[4]) {
+        unsigned key[4];
+        bool wanted[4];
+        const uint64_t mass[4] = {};
 #pragma unroll
-        for (int i = 0; i < 4; i++) append(shared, is_inside(cut, key_of(v[i]), id + i), key_of(v[i]), id + i, 0);
+        for (int i = 0; i < 4; i++) key[i] = key_of(v[i]), wanted[i] = is_inside(cut, key[i], id + i);
+        append(shared, wanted, key, id, mass);
     });
     __syncthreads();
-    // Each block places its own among all, which it gathers in the list of weights.
-    const unsigned n_own = shared.n_listed;
-    if (threadIdx.x == 0) shared.slot[row.phase][0] = n_own;
-    cluster_sync();
-    unsigned n_all = 0;
-    for (unsigned r = 0; r < row.size; r++) {
-        const unsigned n_other = from_block(&shared.slot[row.phase][0], r);
-        for (unsigned i = threadIdx.x; i < n_other; i += THREADS) shared.mass[n_all + i] = from_block(&shared.listed[i], r);
-        n_all += n_other;
-    }
-    __syncthreads();
-    for (unsigned i = threadIdx.x; i < n_own; i += THREADS) {
-        // Key descending, id ascending: as one number, id inverted, descending.
-        const uint64_t own = shared.listed[i];
+    const unsigned n_all = gather(shared, row, 0, NO_ID);
+    if (row.rank == 0 && threadIdx.x < n_all) {
+        const uint64_t own = shared.all[threadIdx.x];
         unsigned place = 0;
-        for (unsigned j = 0; j < n_all; j++) place += (shared.mass[j] ^ 0xffffffffull) > (own ^ 0xffffffffull);
+        for (unsigned j = 0; j < n_all; j++) place += rank_of(shared.all[j]) > rank_of(own);
         tokens[place] = static_cast<unsigned>(own);
         logprobs[place] = logprob(logit_of(own >> 32), logit_of(max_key), log_total);
     }
-    row.phase ^= 1;
     return n_all;
 }
 

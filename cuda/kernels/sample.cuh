@@ -30,14 +30,56 @@ DEVICE double exp_nonpositive(double x) {
     return __dmul_rn(sum, __longlong_as_double((static_cast<long long>(k) + 1023) << 52));
 }
 
-// round(2^43 exp((logit - max) / temperature)): see `weight` in weight.rs.
-DEVICE uint64_t weight(float logit, float max, float temperature) {
-    const double difference = __dsub_rn(static_cast<double>(logit), static_cast<double>(max));
-    // A cheap way out before the division; whatever it lets through is decided below.
-    if (difference < __dmul_rn(-31.5, static_cast<double>(temperature))) return 0;
-    const double x = temperature == 1.0f ? difference : __ddiv_rn(difference, static_cast<double>(temperature));
-    if (x < -31.0) return 0;
-    return __double2ull_rz(__dadd_rn(__dmul_rn(exp_nonpositive(x), static_cast<double>(WEIGHT_ONE)), 0.5));
+// What logits are weighed by: the highest, and the temperature with its reciprocal.
+struct Scale {
+    double max, temperature, inverse;
+};
+DEVICE Scale scale_of(float max, float temperature) {
+    const double t = temperature;
+    return {max, t, __drcp_rn(t)};
+}
+
+// x / temperature, correctly rounded (Markstein 1990): the second quotient is within one unit in the last place, and a
+// residual that is exact corrects such a quotient with a reciprocal that is correctly rounded. Nothing here leaves the range of
+// f64, since the temperature is an f32. Without branches, so that the divisions of several logits run side by side.
+DEVICE double divided(double x, const Scale &scale) {
+    const double first = __dmul_rn(x, scale.inverse);
+    const double second = __fma_rn(__fma_rn(-first, scale.temperature, x), scale.inverse, first);
+    return __fma_rn(__fma_rn(-second, scale.temperature, x), scale.inverse, second);
+}
+
+// w[i] = round(2^43 exp((logit[i] - max) / temperature)): see `weight` in weight.rs. f64 is slow everywhere: a warp none of whose
+// logits has a weight passes over it, and the rest is without branches.
+DEVICE void weights(uint64_t (&w)[4], const float (&logits)[4], const Scale &scale, bool wanted = true) {
+    double x[4];
+    bool has_weight[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const double difference = __dsub_rn(static_cast<double>(logits[i]), scale.max);
+        // Surely below -31 temperatures; what this lets through is decided below.
+        has_weight[i] = wanted && !(difference < __dmul_rn(-31.5, scale.temperature));
+        x[i] = has_weight[i] ? difference : 0.0;
+        w[i] = 0;
+    }
+    if (!__any_sync(__activemask(), has_weight[0] || has_weight[1] || has_weight[2] || has_weight[3])) return;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        x[i] = divided(x[i], scale);
+        has_weight[i] = has_weight[i] && !(x[i] < -31.0);
+        x[i] = exp_nonpositive(has_weight[i] ? x[i] : 0.0);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint64_t rounded = __double2ull_rz(__dadd_rn(__dmul_rn(x[i], static_cast<double>(WEIGHT_ONE)), 0.5));
+        w[i] = has_weight[i] ? rounded : 0;
+    }
+}
+
+DEVICE uint64_t weight(float logit, const Scale &scale) {
+    const float logits[4] = {logit, -INFINITY, -INFINITY, -INFINITY};
+    uint64_t w[4];
+    weights(w, logits, scale);
+    return w[0];
 }
 
 // ln(x) for normal x >= 1, as libm computes it (FreeBSD's e_log.c), each operation rounded.

@@ -4,7 +4,6 @@
 
 extern "C" __global__ void __launch_bounds__(256) softcap(float *x, unsigned long long n, float cap) {
     wait_for_predecessor();
-    dependents_may_start();
     const size_t i = static_cast<size_t>(blockIdx.x) * 256 + threadIdx.x;
     if (i < n) x[i] = cap * tanhf(x[i] / cap);
 }

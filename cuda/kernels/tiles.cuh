@@ -69,6 +69,47 @@ template <int KIND> DEVICE void load_tile(RawTile<KIND> &raw, const Planes &plan
     }
 }
 
+// The same from a tile that lies in shared memory: its planes one after another, as `copy_tile` puts them there.
+template <int KIND> DEVICE void load_tile_shared(RawTile<KIND> &raw, const uint8_t *tile, int lane) {
+    const uint4 *lo = reinterpret_cast<const uint4 *>(tile) + lane;
+#pragma unroll
+    for (int i = 0; i < lo_bytes(KIND) / 512; i++) raw.lo[i] = lo[32 * i];
+    const uint8_t *hi = tile + lo_bytes(KIND);
+    if constexpr (KIND == Q5) {
+        raw.hi[0] = reinterpret_cast<const uint32_t *>(hi)[lane];
+    } else if constexpr (KIND == Q6) {
+        const uint2 v = reinterpret_cast<const uint2 *>(hi)[lane];
+        raw.hi[0] = v.x, raw.hi[1] = v.y;
+    }
+    const uint8_t *scale = hi + hi_bytes(KIND) + (lane / 4) * (scale_bytes(KIND) / 8);
+    if constexpr (KIND == MX4) {
+        raw.scale[0] = *reinterpret_cast<const uint32_t *>(scale);
+    } else if constexpr (KIND == Q8) {
+        const uint2 v = *reinterpret_cast<const uint2 *>(scale);
+        raw.scale[0] = v.x, raw.scale[1] = v.y;
+    } else if constexpr (KIND != F16) {
+#pragma unroll
+        for (int i = 0; i < scale_bytes(KIND) / 128; i++) {
+            const uint4 v = reinterpret_cast<const uint4 *>(scale)[i];
+            raw.scale[4 * i] = v.x, raw.scale[4 * i + 1] = v.y, raw.scale[4 * i + 2] = v.z, raw.scale[4 * i + 3] = v.w;
+        }
+    }
+}
+
+// A warp copies tile `tile` to shared memory, asynchronously.
+template <int KIND> DEVICE void copy_tile(uint32_t target, const Planes &planes, size_t tile, int lane) {
+    const auto copy = [&](uint32_t at, const uint8_t *plane, int bytes) {
+#pragma unroll
+        for (int i = 0; i < (bytes + 511) / 512; i++) {
+            const int offset = 512 * i + 16 * lane;
+            if (offset < bytes) copy_async_16(target + at + offset, plane + tile * bytes + offset, true);
+        }
+    };
+    copy(0, planes.lo, lo_bytes(KIND));
+    if constexpr (hi_bytes(KIND) > 0) copy(lo_bytes(KIND), planes.hi, hi_bytes(KIND));
+    if constexpr (scale_bytes(KIND) > 0) copy(lo_bytes(KIND) + hi_bytes(KIND), planes.scale, scale_bytes(KIND));
+}
+
 DEVICE uint32_t bits(half2 v) { return *reinterpret_cast<uint32_t *>(&v); }
 DEVICE half2 as_half2(uint32_t v) { return *reinterpret_cast<half2 *>(&v); }
 DEVICE half2 low2(uint32_t v) { return __low2half2(as_half2(v)); }

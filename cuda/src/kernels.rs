@@ -183,6 +183,13 @@ impl Kernel {
             attributes[n_attributes].value.programmaticStreamSerializationAllowed = 1;
             n_attributes += 1;
         }
+        if cluster > 8 {
+            // Beyond 8 a cluster is not portable, and a kernel has to say that it knows.
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+            // SAFETY: the function is loaded.
+            let result = unsafe { sys::cuFuncSetAttribute(self.function, attribute, 1) };
+            gpu.check(result, || format!("{} in clusters of {cluster}", self.name))?;
+        }
         if cluster > 1 {
             attributes[n_attributes].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
             attributes[n_attributes].value.clusterDim =

@@ -69,7 +69,7 @@ pub(crate) fn gpu(test: &str) -> Option<Device<CudaBackend>> {
             backend,
             tolerance: 1.0 / 1024.0,
             head_dims: Some(&[16, 32, 64, 96, 128]),
-            kv_dtypes: &[KvDtype::F16],
+            kv_dtypes: &[KvDtype::F16, KvDtype::Q8_0],
         }),
         Err(reason) => {
             println!("{test} does not run on a GPU: {reason}");

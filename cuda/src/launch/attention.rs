@@ -194,8 +194,7 @@ impl Attention<'_> {
     pub fn prefill(&self, kernels: &Kernels, items: &Buffer<i32>, n_items: usize) -> Result<(), CudaError> {
         self.check(items, n_items)?;
         let name = prefill_name(self.kv.format, self.heads.head_dim);
-        // Two stages of tiles, and the merged sums of 128 threads: a float for each of a thread's elements of the output.
-        let shared = 2 * self.stage_bytes() + (PREFILL_THREADS * self.heads.head_dim * 2) as u32;
+        let shared = 2 * self.stage_bytes() + merged_bytes(self.kv.format, self.heads.head_dim);
         let kernel = kernels.get("attention_prefill", name, shared)?;
         let grid = (n_items as u32, self.heads.n_kv_heads as u32, 1);
         let block = (PREFILL_THREADS as u32, 1, 1);
@@ -286,6 +285,12 @@ impl Attention<'_> {
             _ => Ok(()),
         }
     }
+}
+
+/// Shared memory of a prefill block's merged sums. Mirrors `SHARED` of `attention_prefill.cu`.
+fn merged_bytes(format: KvFormat, head_dim: usize) -> u32 {
+    let eights = if (format, head_dim) == (KvFormat::F16, 128) { 12 } else { head_dim / 8 };
+    (2 * eights * PREFILL_THREADS * 8) as u32
 }
 
 macro_rules! names {

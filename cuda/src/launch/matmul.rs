@@ -1,6 +1,6 @@
 //! Products `y = W x`: a small kernel for up to 8 columns, a large one for more, the same bits from both.
 
-use super::matrix::{HalfRows, Kind, Matrix, Planes, TILE_ROWS, TileShape};
+use super::matrix::{HalfRows, Kind, Matrix, Planes, TILE_K, TILE_ROWS, TileShape};
 use crate::arena::Buffer;
 use crate::error::CudaError;
 use crate::kernels::{Args, Kernels, Launch};
@@ -10,8 +10,21 @@ use half::f16;
 pub const SMALL_COLUMNS: usize = 8;
 /// Stripes of 16 rows that a block of the large kernel takes.
 const STRIPES_PER_BLOCK: usize = 8;
-/// Stages of activations a block of the large kernel keeps in shared memory.
-const STAGES: usize = 4;
+/// Stages that a block of the large kernel keeps in shared memory. Mirrors `STAGES`.
+fn stages(capability: (u32, u32)) -> usize {
+    if capability == (9, 0) { 6 } else { 4 }
+}
+
+/// Shared memory of a block of the large kernel: a tile of x and eight tiles of W per stage.
+fn large_bytes(kind: Kind, columns: usize, capability: (u32, u32)) -> usize {
+    let tile: usize = kind.plane_bytes().iter().sum();
+    stages(capability) * (columns * TILE_K * 2 + STRIPES_PER_BLOCK * tile)
+}
+
+/// Most columns of a block: chips of the second rank have too little shared memory for 128.
+fn most_columns(capability: (u32, u32)) -> usize {
+    if matches!(capability, (8, 0) | (9 | 10, _)) { 128 } else { 64 }
+}
 /// Rows are summed in at most this many chunks of k.
 const MAX_CHUNKS: usize = 8;
 /// A chunk is at least this many tiles of 64 k.
@@ -214,7 +227,13 @@ impl Product<'_> {
             Experts::Jobs { .. } => (1, None),
             Experts::Tiles { column_tile, .. } => (self.n, Some(*column_tile)),
         };
-        plan(shape.n_stripes, shape.n_tiles, n, kernels.gpu().info().n_sms as usize, column_tile)
+        let info = kernels.gpu().info();
+        match plan(shape.n_stripes, shape.n_tiles, n, info.n_sms as usize, column_tile) {
+            Plan::Large { columns, splits } if column_tile.is_none() => {
+                Plan::Large { columns: columns.min(most_columns(info.capability)), splits }
+            }
+            plan => plan,
+        }
     }
 
     /// f32 elements of work space that [`Product::launch`] needs.
@@ -282,7 +301,8 @@ impl Product<'_> {
         if partial.len() < needed {
             return Err(contract("partial", format!("{needed} elements"), partial.len()));
         }
-        let shared_bytes = (STAGES * columns * 128) as u32;
+        let capability = kernels.gpu().info().capability;
+        let shared_bytes = large_bytes(self.matrix.kind(), columns, capability) as u32;
         let kernel = kernels.get("matmul_large", large_name(self.matrix.kind(), columns), shared_bytes)?;
         let row_blocks = shape.n_stripes.div_ceil(STRIPES_PER_BLOCK) as u32;
         let mut launch = Launch::new((row_blocks, self.n.div_ceil(columns) as u32, splits as u32), (256, 1, 1));
@@ -427,7 +447,7 @@ const SMALL_BLOCKS: usize = 2;
 
 /// Shared memory for `n` rows of activations, if that is not too much. Mirrors `shared_stride`.
 fn staged_bytes(n_tiles: usize, n: usize) -> Option<u32> {
-    let bytes = n * (n_tiles * super::matrix::TILE_K + 8) * 2;
+    let bytes = n * (n_tiles * TILE_K + 8) * 2;
     u32::try_from(bytes).ok().filter(|bytes| *bytes <= STAGED_BYTES)
 }
 
@@ -471,7 +491,7 @@ fn large_name(kind: Kind, columns: usize) -> &'static str {
 
 /// f16 elements that hold `rows` rows of activations for products with matrices of `n_cols` columns.
 pub fn half_rows_len(rows: usize, n_cols: usize) -> usize {
-    rows * n_cols.next_multiple_of(super::matrix::TILE_K)
+    rows * n_cols.next_multiple_of(TILE_K)
 }
 
 /// Takes f16 rows for products with matrices of `n_cols` columns, zeroed, so that the padding is.
@@ -481,7 +501,7 @@ pub fn half_rows_len(rows: usize, n_cols: usize) -> usize {
 pub fn half_rows(arena: &crate::arena::Arena, what: &str, rows: usize, n_cols: usize) -> Result<HalfRows, CudaError> {
     let data = arena.alloc::<f16>(half_rows_len(rows, n_cols), what)?;
     data.zero()?;
-    Ok(HalfRows { data, stride: n_cols.next_multiple_of(super::matrix::TILE_K) })
+    Ok(HalfRows { data, stride: n_cols.next_multiple_of(TILE_K) })
 }
 
 #[cfg(test)]

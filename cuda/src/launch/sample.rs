@@ -14,8 +14,8 @@ pub const MAX_VOCAB: usize = 1 << 20;
 pub const MAX_TOP: usize = 256;
 /// Threads of a block. Mirrors `THREADS`.
 const THREADS: u32 = 512;
-/// Most blocks that share a row: what every chip with clusters grants.
-const MAX_CLUSTER: u32 = 8;
+/// Rows up to which the largest cluster is used: a cluster of 16 has to find that many free multiprocessors side by side.
+const LARGEST_CLUSTER_ROWS: usize = 4;
 
 /// What one row is sampled under.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -350,10 +350,23 @@ struct SampleArgs {
     max_top: i32,
 }
 
+/// Most blocks that a device lets share a row: 16 on data-centre chips, 8 on others that have clusters.
+pub fn max_cluster(capability: (u32, u32)) -> u32 {
+    match capability.0 {
+        9 | 10 => 16,
+        11.. => 8,
+        _ => 1,
+    }
+}
+
 /// Blocks that share a row: as many as keep the device's multiprocessors busy once. One row of a vocabulary of 151,936 is read by
-/// eight; from 133 rows on an H200 each is read by one. The choice changes speed, never bits.
-pub fn cluster(n_rows: usize, n_sms: u32, has_clusters: bool) -> u32 {
-    let mut size = if has_clusters { MAX_CLUSTER } else { 1 };
+/// sixteen on an H200; from 67 rows on each is read by one. The choice changes speed, never bits.
+pub fn cluster(n_rows: usize, n_sms: u32, capability: (u32, u32)) -> u32 {
+    let most = max_cluster(capability);
+    if most > 8 && n_rows <= LARGEST_CLUSTER_ROWS {
+        return most;
+    }
+    let mut size = most.min(8);
     while size > 1 && n_rows * size as usize > n_sms as usize {
         size /= 2;
     }
@@ -393,7 +406,7 @@ impl Sampler {
     /// [`CudaError::Contract`]; a failed launch.
     pub fn launch(&self, kernels: &Kernels, logits: &Rows<f32>, n: usize) -> Result<(), CudaError> {
         let info = kernels.gpu().info();
-        self.launch_with(kernels, logits, n, cluster(n, info.n_sms, info.capability.0 >= 9))
+        self.launch_with(kernels, logits, n, cluster(n, info.n_sms, info.capability))
     }
 
     /// As [`Sampler::launch`] with a given number of blocks per row.
@@ -409,8 +422,9 @@ impl Sampler {
             let found = format!("{} elements, stride {}", logits.data.len(), logits.stride);
             return Err(contract("logits", format!("{n} rows of {n_vocab} or more"), found));
         }
-        if !(1..=MAX_CLUSTER).contains(&cluster) || !cluster.is_power_of_two() {
-            return Err(contract("cluster", format!("1, 2, 4 or {MAX_CLUSTER}"), cluster));
+        let most = max_cluster(kernels.gpu().info().capability);
+        if !(1..=most).contains(&cluster) || !cluster.is_power_of_two() {
+            return Err(contract("cluster", format!("a power of two up to {most}"), cluster));
         }
         let args = SampleArgs {
             logits: logits.data.ptr(),
@@ -491,9 +505,9 @@ mod tests {
 
     #[test]
     fn blocks_per_row_halve_as_rows_double() {
-        let sizes: Vec<u32> = [1, 16, 17, 33, 34, 66, 67, 256].iter().map(|n| cluster(*n, 132, true)).collect();
-        assert_eq!(sizes, [8, 8, 4, 4, 2, 2, 1, 1]);
-        assert_eq!(cluster(1, 132, false), 1);
+        let sizes: Vec<u32> = [1, 4, 5, 16, 17, 33, 34, 66, 67, 256].iter().map(|n| cluster(*n, 132, (9, 0))).collect();
+        assert_eq!(sizes, [16, 16, 8, 8, 4, 4, 2, 2, 1, 1]);
+        assert_eq!((cluster(1, 170, (12, 0)), cluster(1, 108, (8, 0))), (8, 1));
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub use weight::CudaWeight;
 
 use super::{
     AttentionOp, Backend, BackendError, Batch, Begun, GatedOp, HeadOp, Join, KvDtype, KvLayout, Linear, MemoryUse,
-    ModelShape, MoeOp, QkvOp, SampleRow, Sampled, WeightSource,
+    ModelShape, MoeOp, QkvOp, SampleRow, Sampled, WeightShape, WeightSource,
 };
 use plan::{WorkSizes, heads};
 use playhouse_cuda::CudaError;
@@ -289,7 +289,8 @@ impl CudaBackend {
     fn try_load(&mut self, sources: &[WeightSource<'_>], join: Join) -> Result<Vec<CudaWeight>, WeightError> {
         self.gpu.bind()?;
         if self.staging.is_none() {
-            self.staging = Some(Staging::new(&self.gpu)?);
+            let largest = self.shape.as_ref().map_or(usize::MAX, largest_source);
+            self.staging = Some(Staging::new(&self.gpu, largest)?);
         }
         let staging = self.staging.as_mut().expect("made above");
         Target { kernels: &self.kernels, arena: &self.weights, staging }.load(sources, join)
@@ -433,6 +434,12 @@ impl Backend for CudaBackend {
         };
         self.gpu.bind().and_then(|()| pairs.iter().try_for_each(copy)).map_err(|e| self.error(e))
     }
+}
+
+/// Bytes of the largest call that makes weights resident.
+fn largest_source(shape: &ModelShape) -> usize {
+    let bytes = |w: &WeightShape| w.n_mats * w.n_rows * w.dtype.row_bytes(w.n_cols).unwrap_or(0);
+    shape.groups.iter().map(|group| group.weights.iter().map(bytes).sum()).max().unwrap_or(0)
 }
 
 fn misuse(op: &str, expected: &str, found: &str) -> CudaError {

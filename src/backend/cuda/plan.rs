@@ -89,8 +89,7 @@ pub(super) fn expert_tile(n: usize, (n_experts, n_used): (usize, usize)) -> Opti
     }
     match n * n_used / n_experts {
         0..48 => Some(32),
-        48..160 => Some(64),
-        _ => Some(128),
+        _ => Some(64),
     }
 }
 
@@ -341,6 +340,6 @@ mod tests {
         assert_eq!(expert_rows(8, (32, 4)), (32, 0));
         assert_eq!(expert_tile(9, (32, 4)), Some(32));
         assert_eq!(expert_tile(512, (32, 4)), Some(64));
-        assert_eq!(expert_tile(4096, (32, 4)), Some(128));
+        assert_eq!(expert_tile(4096, (32, 4)), Some(64));
     }
 }
