@@ -4,8 +4,11 @@
 //! worst, the mean, and how often the most likely token is the same. Fails if the mean or, without experts, the worst is over the
 //! budget: 1e-3 for F16 files, 1e-2 for quantised ones.
 
-use playhouse::backend::{BLOCK_TOKENS, Batch, SeqSpan};
-use playhouse::engine::{DeviceName, DeviceOptions, RunnerLimits, load_model};
+use playhouse::backend::cpu::CpuBackend;
+use playhouse::backend::cuda::CudaBackend;
+use playhouse::backend::{BLOCK_TOKENS, Backend, Batch, SeqSpan};
+use playhouse::engine::forward::Intermediate;
+use playhouse::engine::{DeviceName, Runner, RunnerLimits};
 use playhouse::gguf::GgufFile;
 use playhouse::models::describe;
 use std::path::Path;
@@ -40,8 +43,12 @@ fn compare(path: &Path) -> Result<Report, Box<dyn std::error::Error>> {
     let file = GgufFile::open(path)?;
     let spec = describe(&file)?;
     let gpu = DeviceName::find("gpu")?;
-    let expected = logits(&file, &DeviceName::Cpu, spec.n_vocab)?;
-    let found = logits(&file, &gpu, spec.n_vocab)?;
+    let limits = |kv| RunnerLimits { max_logit_rows: N_TOKENS, ..RunnerLimits::new(N_TOKENS, 1, kv) };
+    let cpu = Runner::load(&file, CpuBackend::new(), limits(DeviceName::Cpu.default_kv()), &mut |_| {})?;
+    let (expected, cpu_layers) = logits(cpu, spec.n_vocab)?;
+    let on_gpu = CudaBackend::open(&gpu.to_string(), None)?;
+    let (found, gpu_layers) =
+        logits(Runner::load(&file, on_gpu, limits(gpu.default_kv()), &mut |_| {})?, spec.n_vocab)?;
     let rows = expected.chunks(spec.n_vocab).zip(found.chunks(spec.n_vocab));
     let all: Vec<f64> = rows.clone().map(|(e, f)| divergence(e, f)).collect();
     let same = rows.filter(|(e, f)| best(e) == best(f)).count();
@@ -49,16 +56,22 @@ fn compare(path: &Path) -> Result<Report, Box<dyn std::error::Error>> {
     let is_f16 = file.tensors().all(|t| matches!(t.dtype.name(), "F16" | "F32" | "BF16"));
     let budget = if is_f16 { 1e-3 } else { 1e-2 };
     let is_held = all.iter().all(|d| d.is_finite()) && mean < budget && (spec.moe().is_some() || worst < budget);
+    let errors = cpu_layers.iter().zip(&gpu_layers).map(|(c, g)| median_error(c, g, spec.hidden_dim));
+    let errors: Vec<String> = errors.map(|error| format!("{error:.1e}")).collect();
     let line = format!(
-        "divergence {worst:.2e} at worst, {mean:.2e} on average; {same} of {N_TOKENS} best tokens are the same"
+        "divergence {worst:.2e} at worst, {mean:.2e} on average, {:.2e} in the middle; {same} of {N_TOKENS} best tokens are \
+         the same; the residual's error after each layer: {}",
+        middle(all),
+        errors.join(" ")
     );
     Ok(Report { line, is_held })
 }
 
-/// `[N_TOKENS, V]`.
-fn logits(file: &GgufFile, device: &DeviceName, n_vocab: usize) -> Result<Vec<f32>, Box<dyn std::error::Error>> {
-    let limits = RunnerLimits { max_logit_rows: N_TOKENS, ..RunnerLimits::new(N_TOKENS, 1, device.default_kv()) };
-    let mut model = load_model(file, device, DeviceOptions::default(), limits, &mut |_| {})?;
+/// Logits `[N_TOKENS, V]`, and the residual stream after each layer.
+fn logits<B: Backend>(
+    mut model: Runner<B>,
+    n_vocab: usize,
+) -> Result<(Vec<f32>, Vec<Vec<f32>>), Box<dyn std::error::Error>> {
     let ids = (0..N_TOKENS as u32).collect::<Vec<u32>>();
     let batch = Batch {
         tokens: ids.iter().map(|i| (i * 7919 + 11) % n_vocab as u32).collect(),
@@ -72,9 +85,29 @@ fn logits(file: &GgufFile, device: &DeviceName, n_vocab: usize) -> Result<Vec<f3
         }],
         logit_rows: ids,
     };
-    let mut out = Vec::new();
-    model.run(&batch, &mut out)?;
-    Ok(out)
+    let (mut out, mut layers) = (Vec::new(), Vec::new());
+    let mut look = |seen: Intermediate<'_>| {
+        if seen.name == "ffn_residual" {
+            layers.push(seen.values.to_vec());
+        }
+    };
+    model.run_probed(&batch, &mut out, Some(&mut look))?;
+    Ok((out, layers))
+}
+
+/// The relative error of the token in the middle.
+fn median_error(expected: &[f32], found: &[f32], n_cols: usize) -> f64 {
+    let error = |(e, f): (&[f32], &[f32])| {
+        let square = |sum: f64, x: f64| sum + x * x;
+        let off = e.iter().zip(f).map(|(e, f)| f64::from(e - f)).fold(0.0, square);
+        (off / e.iter().map(|e| f64::from(*e)).fold(1e-30, square)).sqrt()
+    };
+    middle(expected.chunks(n_cols).zip(found.chunks(n_cols)).map(error).collect())
+}
+
+fn middle(mut all: Vec<f64>) -> f64 {
+    all.sort_by(f64::total_cmp);
+    all[all.len() / 2]
 }
 
 /// Sum of `p ln(p / q)` of the distributions that two rows of logits mean.
