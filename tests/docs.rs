@@ -207,7 +207,7 @@ fn has_test(file: &str, test: &str) -> bool {
         let lines: Vec<&str> = text.lines().map(str::trim).collect();
         let named =
             |line: &&str| line.starts_with(&format!("fn {test}(")) || line.starts_with(&format!("async fn {test}("));
-        let Some(at) = lines.iter().position(|line| named(line)) else { return false };
+        let Some(at) = lines.iter().position(named) else { return false };
         lines[at.saturating_sub(3)..at]
             .iter()
             .any(|line| line.starts_with("#[test]") || line.starts_with("#[tokio::test"))
