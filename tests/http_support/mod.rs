@@ -270,8 +270,7 @@ impl Default for Setup {
 impl Setup {
     /// With another engine, which may talk for as long as it likes.
     pub(crate) fn engine(mut self, make: impl Fn() -> Box<dyn Engine> + Send + Sync + 'static) -> Self {
-        self.loader =
-            Arc::new(move |_: &WorkerSpec| Ok(Loaded { engine: make(), n_ctx: u32::MAX, n_vocab: 1 << 17 }));
+        self.loader = Arc::new(move |_: &WorkerSpec| Ok(Loaded { engine: make(), n_ctx: u32::MAX, n_vocab: 1 << 17 }));
         self.config.host.limits.queued_tokens = 1 << 50;
         for model in &mut self.config.models {
             model.context = None;
