@@ -26,4 +26,7 @@ pub mod loader;
 pub mod pinned;
 pub mod stream;
 
+#[cfg(any(debug_assertions, feature = "fault-injection"))]
+pub mod trap;
+
 pub use error::CudaError;

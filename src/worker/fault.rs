@@ -7,6 +7,7 @@
 //!
 //! exit-at-step=N:STATUS   panic-at-step=N     hang-at-step=N      device-lost-at-step=N
 //! oom-at-step=N (once)    oom-from-step=N     slow-step=MS        oom-at-load
+//! trap-at-step=N (a kernel that traps, on a GPU)
 //! never-ready             never-greet         other-device        protocol=N
 //! ```
 //!
@@ -28,6 +29,7 @@ pub(crate) enum Fault {
     PanicAtStep(u64),
     HangAtStep(u64),
     DeviceLostAtStep(u64),
+    TrapAtStep(u64),
     OomAtStep(u64),
     OomFromStep(u64),
     SlowStep(Duration),
@@ -90,6 +92,7 @@ fn fault(item: &str, replica: &str, incarnation: u64) -> Option<Fault> {
         "panic-at-step" => Fault::PanicAtStep(number(value)),
         "hang-at-step" => Fault::HangAtStep(number(value)),
         "device-lost-at-step" => Fault::DeviceLostAtStep(number(value)),
+        "trap-at-step" => Fault::TrapAtStep(number(value)),
         "oom-at-step" => Fault::OomAtStep(number(value)),
         "oom-from-step" => Fault::OomFromStep(number(value)),
         "slow-step" => Fault::SlowStep(Duration::from_millis(number(value))),
@@ -134,6 +137,8 @@ impl Faulty {
                 Fault::PanicAtStep(step) if step == now => panic!("a fault was asked for at step {step}"),
                 Fault::HangAtStep(step) if step == now => hang(),
                 Fault::DeviceLostAtStep(step) if step == now => return Err(device_lost()),
+                // The next call of the driver, by whomever, says what happened: the step goes on and meets it.
+                Fault::TrapAtStep(step) if step == now => drop(crate::backend::cuda::trap()),
                 Fault::OomAtStep(step) if step == now => return Err(out_of_memory()),
                 Fault::OomFromStep(step) if step <= now => return Err(out_of_memory()),
                 // The message is the passing of time.

@@ -26,6 +26,8 @@ mod measure;
 pub use measure::{GpuSpeed, measure};
 pub use plan::memory_use;
 pub use playhouse_cuda::gpu::{GpuInfo, visible_gpus};
+#[cfg(any(debug_assertions, feature = "fault-injection"))]
+pub use playhouse_cuda::trap::trap;
 pub use tensor::CudaTensor;
 pub use weight::CudaWeight;
 
