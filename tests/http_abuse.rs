@@ -216,8 +216,7 @@ async fn stopping_finishes_what_is_open_and_takes_nothing_new() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_open_address_needs_keys_and_a_certificate() {
     for (keys, insecure, is_served) in [(false, false, false), (true, false, false), (false, true, true)] {
-        let mut setup = Setup::default();
-        setup.listen = SocketAddr::from(([0, 0, 0, 0], 0));
+        let mut setup = Setup { listen: SocketAddr::from(([0, 0, 0, 0], 0)), ..Setup::default() };
         setup.settings.insecure = insecure;
         if keys {
             setup.settings.api_keys = ["sk-moon"].into_iter().collect();

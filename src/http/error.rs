@@ -46,8 +46,8 @@ pub(super) struct ApiError {
     pub(super) status: StatusCode,
     kind: &'static str,
     code: Option<&'static str>,
-    param: Option<String>,
-    message: String,
+    param: Option<Box<str>>,
+    message: Box<str>,
     retry_after: Option<Duration>,
     /// Further members of the error object.
     details: Vec<(&'static str, Value)>,
@@ -55,14 +55,14 @@ pub(super) struct ApiError {
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        let message = message.into();
+        let message = message.into().into_boxed_str();
         Self { status, kind, code: None, param: None, message, retry_after: None, details: Vec::new() }
     }
 
     /// 400.
     pub(super) fn bad(param: impl Into<Option<String>>, message: impl Into<String>) -> Self {
         let error = Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message);
-        Self { param: param.into(), ..error }
+        Self { param: param.into().map(String::into_boxed_str), ..error }
     }
 
     /// 400 naming a parameter.

@@ -84,10 +84,10 @@ impl RequestMeter {
             self.ttft.observe((now - self.start).as_secs_f64());
             self.families.prefill.get_or_create(&self.labels).observe((now - self.start).as_secs_f64());
         }
-        if let Some((last, _)) = self.choices.get_mut(choice) {
-            if let Some(last) = last.replace(now) {
-                self.gap.observe((now - last).as_secs_f64());
-            }
+        if let Some((last, _)) = self.choices.get_mut(choice)
+            && let Some(last) = last.replace(now)
+        {
+            self.gap.observe((now - last).as_secs_f64());
         }
         self.pending_tokens += 1;
         if self.pending_tokens >= BUNCH {

@@ -96,6 +96,12 @@ struct BuildLabels {
     commit: String,
 }
 
+type Stats = playhouse_actors::engine::EngineStats;
+/// A name, what it means, and how to read it.
+type Measure<T, V> = (&'static str, &'static str, fn(&T) -> V);
+/// Our name, vLLM's if it has one, what it means, and how to read it.
+type Count = (&'static str, Option<&'static str>, &'static str, fn(&Stats) -> u64);
+
 /// A registry that lives for one scrape.
 #[derive(Default)]
 struct Snapshot {
@@ -206,9 +212,8 @@ impl Snapshot {
 
     /// What the engines count, by replica under our names and by model under vLLM's.
     fn engines(&mut self, status: &HouseStatus) {
-        type Stats = playhouse_actors::engine::EngineStats;
         let with_stats = || all(status).filter_map(|r| Some((r, r.stats?)));
-        let counters: [(&str, Option<&str>, &str, fn(&Stats) -> u64); 6] = [
+        let counters: [Count; 6] = [
             ("steps", None, "Steps of an engine", |s| s.steps),
             ("prefill_tokens", None, "Prompt tokens computed", |s| s.prefill_tokens),
             ("decode_tokens", None, "Tokens emitted by an engine", |s| s.decode_tokens),
@@ -231,7 +236,7 @@ impl Snapshot {
                 self.counters(&format!("vllm:{vllm}"), help, each);
             }
         }
-        let gauges: [(&str, &str, fn(&Stats) -> f64); 4] = [
+        let gauges: [Measure<Stats, f64>; 4] = [
             ("sequences_running", "Sequences in an engine's running set", |s| f64::from(s.running)),
             ("sequences_waiting", "Sequences that wait in an engine", |s| f64::from(s.waiting)),
             ("kv_blocks_used", "KV blocks in use by sequences or the prefix cache", |s| f64::from(s.kv_blocks_used)),
@@ -270,7 +275,7 @@ impl Snapshot {
     }
 
     fn devices(&mut self, devices: &[Device]) {
-        let gauges: [(&str, &str, fn(&Device) -> Option<f64>); 6] = [
+        let gauges: [Measure<Device, Option<f64>>; 6] = [
             ("vram_total_bytes", "Memory of a device", |d| Some(d.total_bytes as f64)),
             ("vram_used_bytes", "Memory in use, by anybody", |d| Some(d.used_bytes as f64)),
             ("device_utilization_ratio", "Share of time in which a kernel ran, 0 to 1", |d| {
