@@ -68,10 +68,10 @@ fn compare(path: &Path) -> Result<Report, Box<dyn std::error::Error>> {
 }
 
 /// Logits `[N_TOKENS, V]`, and the residual stream after each layer.
-fn logits<B: Backend>(
-    mut model: Runner<B>,
-    n_vocab: usize,
-) -> Result<(Vec<f32>, Vec<Vec<f32>>), Box<dyn std::error::Error>> {
+type Run = (Vec<f32>, Vec<Vec<f32>>);
+
+/// Runs the tokens through a model.
+fn logits<B: Backend>(mut model: Runner<B>, n_vocab: usize) -> Result<Run, Box<dyn std::error::Error>> {
     let ids = (0..N_TOKENS as u32).collect::<Vec<u32>>();
     let batch = Batch {
         tokens: ids.iter().map(|i| (i * 7919 + 11) % n_vocab as u32).collect(),

@@ -46,7 +46,7 @@ pub(super) struct ApiError {
     pub(super) status: StatusCode,
     kind: &'static str,
     code: Option<&'static str>,
-    param: Option<String>,
+    param: Option<Box<str>>,
     message: Box<str>,
     retry_after: Option<Duration>,
     /// Further members of the error object.
@@ -62,7 +62,7 @@ impl ApiError {
     /// 400.
     pub(super) fn bad(param: impl Into<Option<String>>, message: impl Into<String>) -> Self {
         let error = Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message);
-        Self { param: param.into(), ..error }
+        Self { param: param.into().map(String::into_boxed_str), ..error }
     }
 
     /// 400 naming a parameter.

@@ -39,9 +39,6 @@ pub(in crate::http) async fn scrape(State(app): State<App>) -> Result<Response, 
     Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response())
 }
 
-/// Reads one number of a record.
-type Get<T, N> = fn(&T) -> N;
-
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReplicaLabels {
     model: String,
@@ -98,6 +95,12 @@ struct BuildLabels {
     version: String,
     commit: String,
 }
+
+type Stats = playhouse_actors::engine::EngineStats;
+/// A name, what it means, and how to read it.
+type Measure<T, V> = (&'static str, &'static str, fn(&T) -> V);
+/// Our name, vLLM's if it has one, what it means, and how to read it.
+type Count = (&'static str, Option<&'static str>, &'static str, fn(&Stats) -> u64);
 
 /// A registry that lives for one scrape.
 #[derive(Default)]
@@ -209,10 +212,8 @@ impl Snapshot {
 
     /// What the engines count, by replica under our names and by model under vLLM's.
     fn engines(&mut self, status: &HouseStatus) {
-        type Stats = playhouse_actors::engine::EngineStats;
         let with_stats = || all(status).filter_map(|r| Some((r, r.stats?)));
-        type Counter<'a> = (&'a str, Option<&'a str>, &'a str, Get<Stats, u64>);
-        let counters: [Counter<'_>; 6] = [
+        let counters: [Count; 6] = [
             ("steps", None, "Steps of an engine", |s| s.steps),
             ("prefill_tokens", None, "Prompt tokens computed", |s| s.prefill_tokens),
             ("decode_tokens", None, "Tokens emitted by an engine", |s| s.decode_tokens),
@@ -235,7 +236,7 @@ impl Snapshot {
                 self.counters(&format!("vllm:{vllm}"), help, each);
             }
         }
-        let gauges: [(&str, &str, Get<Stats, f64>); 4] = [
+        let gauges: [Measure<Stats, f64>; 4] = [
             ("sequences_running", "Sequences in an engine's running set", |s| f64::from(s.running)),
             ("sequences_waiting", "Sequences that wait in an engine", |s| f64::from(s.waiting)),
             ("kv_blocks_used", "KV blocks in use by sequences or the prefix cache", |s| f64::from(s.kv_blocks_used)),
@@ -274,8 +275,7 @@ impl Snapshot {
     }
 
     fn devices(&mut self, devices: &[Device]) {
-        type Gauge<'a> = (&'a str, &'a str, Get<Device, Option<f64>>);
-        let gauges: [Gauge<'_>; 6] = [
+        let gauges: [Measure<Device, Option<f64>>; 6] = [
             ("vram_total_bytes", "Memory of a device", |d| Some(d.total_bytes as f64)),
             ("vram_used_bytes", "Memory in use, by anybody", |d| Some(d.used_bytes as f64)),
             ("device_utilization_ratio", "Share of time in which a kernel ran, 0 to 1", |d| {
