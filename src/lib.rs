@@ -12,6 +12,11 @@
 //! | [`text`] | tokenizers, detokenizer, chat templates, stop strings | `gguf` |
 //! | [`basho`] | the embedded model, and the grammar, lexicon and scanner that its training text came from | - |
 //! | [`synth`] | model files with random weights at the true shape | `dtype`, `gguf` |
+//! | [`grammar`] | texts held to JSON, a schema, an expression: masks for the sampler | `engine`, `text` |
+//! | [`client`] | what programs hold of a running house: models by name, requests, streams of text; every bound of a request | `text`, `gguf`, `models`, `actors` |
+//! | [`worker`] | one replica's engine in a process or thread of its own, and the host's link to it | `engine` and below, `basho`, `actors` |
+//! | [`host`] | the long-running process: admin socket, signals, service manager | everyone |
+//! | [`http`] | the HTTP front: the OpenAI API, metrics, the dashboard, and what keeps them standing | `client`, `text`, `actors` |
 //! | [`cli`] | the commands | everyone |
 //!
 //! `ARCHITECTURE.md` has the map, the invariants and the life of one request.
@@ -19,9 +24,14 @@
 pub mod backend;
 pub mod basho;
 pub mod cli;
+pub mod client;
 pub mod dtype;
 pub mod engine;
 pub mod gguf;
+pub mod grammar;
+pub mod host;
+pub mod http;
 pub mod models;
 pub mod synth;
 pub mod text;
+pub mod worker;

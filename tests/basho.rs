@@ -9,7 +9,7 @@ use playhouse::basho;
 use playhouse::engine::{EngineOptions, LlmEngine, Runner, RunnerLimits};
 use playhouse::gguf::GgufFile;
 use playhouse::text::{ChatTemplate, Detokenizer, Message, RenderOptions, TextStream, Tokenizer};
-use playhouse_actors::engine::{Engine, EngineEvent, EngineRequest, FinishReason, RequestId, SamplingParams};
+use playhouse_actors::engine::{Engine, EngineEvent, EngineRequest, FinishReason, RequestId, SamplingParams, Task};
 use std::collections::{HashMap, HashSet};
 
 /// Twenty of the topics, from each corner of the lexicon.
@@ -73,6 +73,7 @@ impl Basho {
             streams.insert(id, (TextStream::new(detokenizer, vec![]), String::new(), None));
             let request = EngineRequest {
                 id,
+                task: Task::Generate,
                 prompt,
                 emitted: vec![],
                 sampling,
@@ -80,6 +81,7 @@ impl Basho {
                 min_tokens: 0,
                 stop_ids: self.tokenizer.stop_ids().to_vec(),
                 logprobs: None,
+                constraint: None,
                 priority: 0,
                 deadline: None,
             };
@@ -98,6 +100,7 @@ impl Basho {
                     text.push_str(&stream.finish().emit);
                     *end = Some(reason);
                 }
+                EngineEvent::Embedded { .. } => panic!("nobody asked for an embedding"),
                 EngineEvent::Failed { error, .. } => panic!("{error}"),
             }
         }

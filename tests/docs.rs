@@ -183,6 +183,108 @@ fn commands_run() {
     assert!(failed.is_empty(), "{}", failed.join("\n"));
 }
 
+// --- the failure table -------------------------------------------------------------------------------------------------
+
+/// Cells of the table's rows, its heading and rule left out.
+fn table_rows(text: &str, heading: &str) -> Vec<Vec<String>> {
+    let rows = text.lines().skip_while(|line| !line.starts_with(heading)).skip(2);
+    let rows = rows.take_while(|line| line.starts_with('|'));
+    rows.map(|line| line.trim_matches('|').split(" | ").map(|cell| cell.trim().to_owned()).collect()).collect()
+}
+
+/// Names in backticks that look like `file::test`.
+fn test_names(cell: &str) -> Vec<(String, String)> {
+    let quoted = cell.split('`').skip(1).step_by(2);
+    quoted.filter_map(|name| name.split_once("::")).map(|(file, test)| (file.to_owned(), test.to_owned())).collect()
+}
+
+/// Whether one of the files that `file` may mean has a test of this name.
+fn has_test(file: &str, test: &str) -> bool {
+    let places = ["tests", "actors/tests", "actors/src", "src"];
+    let texts =
+        places.iter().filter_map(|place| fs::read_to_string(root().join(place).join(format!("{file}.rs"))).ok());
+    texts.into_iter().any(|text| {
+        let lines: Vec<&str> = text.lines().map(str::trim).collect();
+        let named =
+            |line: &&str| line.starts_with(&format!("fn {test}(")) || line.starts_with(&format!("async fn {test}("));
+        let Some(at) = lines.iter().position(|line| named(line)) else { return false };
+        lines[at.saturating_sub(3)..at]
+            .iter()
+            .any(|line| line.starts_with("#[test]") || line.starts_with("#[tokio::test"))
+    })
+}
+
+#[test]
+fn every_row_of_the_failure_table_names_tests_that_exist() {
+    let rows = table_rows(&read(&root().join("docs/src/supervision.md")), "| what happens |");
+    assert!(rows.len() >= 25, "only {} rows were found", rows.len());
+    let mut wrong = Vec::new();
+    for row in &rows {
+        let names = row.last().map(|cell| test_names(cell)).unwrap_or_default();
+        if row.len() != 4 || names.is_empty() {
+            wrong.push(format!("`{}` is shown by nothing", row[0]));
+        }
+        let missing = names.iter().filter(|(file, test)| !has_test(file, test));
+        wrong.extend(missing.map(|(file, test)| format!("`{}`: there is no test {file}::{test}", row[0])));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(!has_test("docs", "no_such_test") && !has_test("docs", "table_rows"), "helpers are no tests");
+}
+
+// --- the unit ----------------------------------------------------------------------------------------------------------
+
+/// `Key=Value` lines of a section.
+fn unit_keys(text: &str, section: &str) -> Vec<(String, String)> {
+    let lines = text.lines().skip_while(|line| *line != format!("[{section}]")).skip(1);
+    let lines = lines.take_while(|line| !line.starts_with('['));
+    lines.filter_map(|line| line.split_once('=')).map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
+}
+
+#[test]
+fn the_unit_asks_for_what_the_program_does() {
+    let text = read(&root().join("docs/systemd/playhouse.service"));
+    let service = unit_keys(&text, "Service");
+    let value = |key: &str| {
+        let mut found = service.iter().filter(|(known, _)| known == key).map(|(_, value)| value.as_str());
+        found.next().unwrap_or_else(|| panic!("{key}= is missing"))
+    };
+    assert_eq!(value("Type"), "notify-reload");
+    assert_eq!(value("Restart"), "on-failure");
+    assert_eq!(value("RestartPreventExitStatus"), "2 65 66 78");
+    assert_eq!(value("KillMode"), "mixed", "the first SIGTERM is for the host alone");
+    assert_eq!(value("OOMPolicy"), "continue", "a worker's end is no end of the service");
+    let command = value("ExecStart").strip_prefix("/usr/local/bin/").expect("an absolute path");
+    playhouse::cli::command().try_get_matches_from(command.split(' ')).expect("the command line is right");
+    // What would keep CUDA from working.
+    for (key, bad) in [("PrivateDevices", "yes"), ("ProcSubset", "pid"), ("MemoryDenyWriteExecute", "yes")] {
+        assert!(!service.iter().any(|(known, value)| known == key && value == bad), "{key}={bad} hides the GPUs");
+    }
+}
+
+/// Where systemd is installed, it reads the unit and has nothing to say about it.
+#[test]
+fn systemd_understands_the_unit() {
+    let Ok(version) = Command::new("systemd-analyze").arg("--version").output() else {
+        println!("systemd-analyze is not here: not tested");
+        return;
+    };
+    let version = String::from_utf8_lossy(&version.stdout).into_owned();
+    let version: u32 = version.split_whitespace().nth(1).and_then(|text| text.parse().ok()).expect("systemd NNN (...)");
+    let folder = tempfile::tempdir().expect("a scratch folder");
+    let unit = folder.path().join("playhouse.service");
+    // It looks for the programs; they need not be installed here.
+    let here = env!("CARGO_BIN_EXE_playhouse");
+    let text = read(&root().join("docs/systemd/playhouse.service"));
+    let text = text.replace("/usr/local/bin/playhouse", here).replace("/usr/bin/nvidia-modprobe", here);
+    // `notify-reload` is newer than some systemds that are about.
+    let text = if version < 253 { text.replace("Type=notify-reload", "Type=notify") } else { text };
+    fs::write(&unit, text).expect("writable");
+    let verify = Command::new("systemd-analyze").args(["--man=no", "verify"]).arg(&unit).output().expect("it runs");
+    let said = String::from_utf8_lossy(&verify.stderr).into_owned();
+    let ours: Vec<&str> = said.lines().filter(|line| line.contains("playhouse.service")).collect();
+    assert!(verify.status.success() && ours.is_empty(), "{}", ours.join("\n"));
+}
+
 #[test]
 fn words_are_split_as_a_shell_splits_them() {
     let words = |line| split_words(line).expect("balanced");

@@ -11,7 +11,7 @@ use playhouse::engine::{
 };
 use playhouse::gguf::GgufFile;
 use playhouse::models::describe;
-use playhouse_actors::engine::{Engine, EngineRequest, RequestId, SamplingParams};
+use playhouse_actors::engine::{Engine, EngineRequest, RequestId, SamplingParams, Task};
 use std::path::{Path, PathBuf};
 
 /// Bits of one request's output.
@@ -280,6 +280,36 @@ fn other_seeds_choices_and_temperatures_change_the_text() {
             assert_ne!(with(|params| params.choice += 1), expected, "{} choice", subject.name);
             assert_ne!(with(|params| params.temperature = 0.5), expected, "{} temperature", subject.name);
             assert_ne!(with(|params| params.temperature = 0.0), expected, "{} greedy", subject.name);
+        }
+    }
+}
+
+/// Bits of the embedding of each prompt.
+fn embeddings(subject: &Subject, options: EngineOptions, n_strangers: u64) -> Vec<Vec<u32>> {
+    let mut engine = subject.engine(400, options);
+    for stranger in strangers(subject, n_strangers) {
+        engine.submit(stranger).unwrap();
+    }
+    for (id, prompt) in (0u64..).zip(subject.prompts()) {
+        engine.submit(EngineRequest { task: Task::Embed, ..request(id, &prompt, 1) }).unwrap();
+    }
+    let told = drain(&mut engine);
+    let bits = |told: &Told| {
+        assert!(told.tokens.is_empty(), "an embedding emits no token");
+        told.embedding.as_ref().expect("it was asked for").iter().map(|value| value.to_bits()).collect()
+    };
+    told.iter().filter(|(id, _)| id.0 < 1000).map(|(_, told)| bits(told)).collect()
+}
+
+#[test]
+fn embeddings_do_not_depend_on_chunks_or_company() {
+    for subject in subjects() {
+        let expected = embeddings(&subject, EngineOptions::default(), 0);
+        assert_eq!(expected.len(), subject.prompts().len());
+        assert!(expected.iter().any(|bits| *bits != expected[0]), "{}: they differ from each other", subject.name);
+        for &prefill_chunk in subject.chunks() {
+            let options = EngineOptions { prefill_chunk, ..EngineOptions::default() };
+            assert_eq!(embeddings(&subject, options, 6), expected, "{}: chunk {prefill_chunk}", subject.name);
         }
     }
 }

@@ -44,8 +44,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("text", &["gguf"]),
     ("basho", &[]),
     ("synth", &["dtype", "gguf"]),
-    ("worker", &["dtype", "gguf", "backend", "models", "engine", "basho"]),
-    ("client", &["text", "gguf", "models", "basho"]),
+    ("grammar", &["engine", "text"]),
+    ("worker", &["dtype", "gguf", "backend", "models", "engine", "basho", "text", "grammar"]),
+    ("client", &["text", "gguf", "models", "basho", "grammar"]),
     ("http", &["client", "text"]),
 ];
 

@@ -55,11 +55,38 @@ impl SamplingParams {
     }
 }
 
+/// What an engine is to make of a prompt.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Task {
+    /// Go on with it, token by token.
+    #[default]
+    Generate,
+    /// The normalised hidden state of its last token, which has seen the whole prompt. No token is chosen.
+    Embed,
+}
+
+/// What a generated text must be: the ids that cannot lead there are masked before a token is chosen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Constraint {
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that this schema accepts (JSON Schema, as JSON text).
+    JsonSchema(String),
+    /// Text that matches this regular expression as a whole.
+    Regex(String),
+    /// Text of this grammar, in Lark's notation.
+    Lark(String),
+}
+
 /// One sequence to generate. `n` choices are `n` requests that share their prompt's KV blocks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EngineRequest {
     /// The request.
     pub id: RequestId,
+    /// What to make of the prompt.
+    pub task: Task,
     /// Prompt token ids; at least one.
     pub prompt: Vec<u32>,
     /// Tokens already emitted for this request by an engine that died. Generation continues after them, at
@@ -75,6 +102,8 @@ pub struct EngineRequest {
     pub stop_ids: Vec<u32>,
     /// Report log probabilities: `Some(n)` for the chosen token and the `n` most likely.
     pub logprobs: Option<u32>,
+    /// What the text must be.
+    pub constraint: Option<Constraint>,
     /// Higher goes first when requests wait.
     pub priority: i32,
     /// No step is begun for the request after this instant. Not sent between processes: the host keeps it.
@@ -125,7 +154,8 @@ pub struct Usage {
     pub completion_tokens: u32,
 }
 
-/// What an engine says of a request. `Finished` and `Failed` are terminal: exactly one of them, and nothing after.
+/// What an engine says of a request. `Finished`, `Embedded` and `Failed` are terminal: exactly one of them, and nothing
+/// after.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum EngineEvent {
     /// The token at `index`, counted from 0 over the request's whole life.
@@ -145,6 +175,15 @@ pub enum EngineEvent {
         id: RequestId,
         /// Why.
         reason: FinishReason,
+        /// What it took.
+        usage: Usage,
+    },
+    /// What [`Task::Embed`] asked for.
+    Embedded {
+        /// The request.
+        id: RequestId,
+        /// The hidden state, `[C]`.
+        values: Vec<f32>,
         /// What it took.
         usage: Usage,
     },

@@ -126,7 +126,13 @@ impl HouseHandle {
     pub async fn start(args: HouseArgs) -> Result<(Self, JoinHandle<()>), SpawnErr> {
         let (router, events) = (RouterHandle::default(), EventBus::new());
         let start = HouseStart { args, router: router.clone(), events: events.clone() };
-        let (actor, join) = ractor::Actor::spawn(None, House, start).await?;
+        let (actor, root) = ractor::Actor::spawn(None, House, start).await?;
+        let closing = router.clone();
+        let join = tokio::spawn(async move {
+            // A root that fails is not asked to clean up: the streams of its clients would never end.
+            let _ = root.await;
+            closing.close();
+        });
         Ok((Self { actor, router, events }, join))
     }
 
@@ -624,6 +630,24 @@ impl HouseState {
             let _ = reply.send(status);
         });
     }
+}
+
+/// What going over from one configuration with its plan to another would do.
+pub fn preview(old: (&Config, &Plan), new: (&Config, &Plan)) -> Applied {
+    let (running, wanted) = (placed_of(old.0, old.1), placed_of(new.0, new.1));
+    let mut applied = Applied::default();
+    for (device, placed) in &running {
+        for here in placed {
+            let there = wanted.get(device).map_or(&[][..], Vec::as_slice);
+            let model = new.0.model(&here.spec.replica.model);
+            let kept = there.iter().any(|wanted| is_same(here, wanted, model));
+            let list = if kept { &mut applied.kept } else { &mut applied.stopped };
+            list.push(here.spec.replica.clone());
+        }
+    }
+    let started = wanted.into_values().flatten().map(|placed| placed.spec.replica);
+    applied.started = started.filter(|replica| !applied.kept.contains(replica)).collect();
+    applied
 }
 
 /// Whether a replica that runs may go on as the one that is wanted. If the planner chose its memory for KV, it may go on

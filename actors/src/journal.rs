@@ -7,7 +7,7 @@
 //!    +--finished, failed, cancelled--> one Terminal <+
 //! ```
 
-use crate::engine::{EngineRequest, FinishReason, RequestId, TokenLogprobs, Usage};
+use crate::engine::{EngineRequest, FinishReason, RequestId, Task, TokenLogprobs, Usage};
 use crate::messages::{Failure, StreamToken, Terminal};
 use crate::router::{RouterHandle, RouterMsg};
 use crate::stream::{Sent, StreamSender};
@@ -55,6 +55,11 @@ impl Entry {
     /// The request.
     pub fn id(&self) -> RequestId {
         self.request.id
+    }
+
+    /// What is to be made of the prompt.
+    pub fn task(&self) -> Task {
+        self.request.task
     }
 
     /// The model's name.
@@ -111,6 +116,9 @@ impl Entry {
     pub fn settled(&self) -> Option<FinishReason> {
         let request = &self.request;
         let n_emitted = u32::try_from(request.emitted.len()).unwrap_or(u32::MAX);
+        if request.task == Task::Embed {
+            return None;
+        }
         let stopped = request.emitted.last().is_some_and(|last| request.stop_ids.contains(last));
         if stopped && n_emitted > request.min_tokens {
             return Some(FinishReason::Stop);
@@ -264,6 +272,7 @@ mod tests {
     fn entry(max_tokens: u32) -> Entry {
         let request = EngineRequest {
             id: RequestId(1),
+            task: Task::Generate,
             prompt: vec![5, 6],
             emitted: Vec::new(),
             sampling: SamplingParams::greedy(),
@@ -271,6 +280,7 @@ mod tests {
             min_tokens: 1,
             stop_ids: vec![9],
             logprobs: None,
+            constraint: None,
             priority: 0,
             deadline: None,
         };

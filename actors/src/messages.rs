@@ -1,8 +1,8 @@
 //! The plain data that crosses between actors, to workers and to clients. No behaviour.
 
 use crate::engine::{
-    EngineError, EngineEvent, EngineRequest, EngineStats, FinishReason, LoadProgress, RequestError, RequestId,
-    SamplingParams, TokenLogprobs, Usage,
+    Constraint, EngineError, EngineEvent, EngineRequest, EngineStats, FinishReason, LoadProgress, RequestError,
+    RequestId, SamplingParams, Task, TokenLogprobs, Usage,
 };
 use crate::inventory::{DeviceId, HealthKind};
 use crate::policy::admission::Full;
@@ -33,6 +33,8 @@ impl fmt::Display for ReplicaId {
 pub struct Generate {
     /// Name or alias of the model.
     pub model: String,
+    /// What to make of the prompt.
+    pub task: Task,
     /// Prompt token ids; at least one.
     pub prompt: Vec<u32>,
     /// How tokens are chosen.
@@ -45,6 +47,8 @@ pub struct Generate {
     pub stop_ids: Vec<u32>,
     /// Log probabilities of the chosen token and so many others.
     pub logprobs: Option<u32>,
+    /// What the text must be.
+    pub constraint: Option<Constraint>,
     /// Higher goes first where requests wait in an engine.
     pub priority: i32,
     /// How long it may take in all; without it, the host's limit.
@@ -118,13 +122,20 @@ pub enum StreamEvent {
 }
 
 /// How an accepted request ended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Terminal {
     /// Well.
     Completed {
         /// Why it ended.
         reason: FinishReason,
+        /// What it took.
+        usage: Usage,
+    },
+    /// Well: what [`Task::Embed`] asked for.
+    Embedded {
+        /// The hidden state of the prompt's last token, `[C]`.
+        values: Vec<f32>,
         /// What it took.
         usage: Usage,
     },
@@ -193,6 +204,7 @@ pub struct WorkerSpec {
 
 /// What the host tells a worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[expect(clippy::large_enum_variant, reason = "nearly all commands are the large one, and few wait at a time")]
 pub enum WorkerCommand {
     /// Take this request.
     Submit(EngineRequest),
@@ -381,6 +393,11 @@ pub struct HouseStatus {
 }
 
 impl HouseStatus {
+    /// Every replica on every device.
+    pub fn replicas(&self) -> impl Iterator<Item = &ReplicaStatus> {
+        self.devices.iter().flat_map(|device| &device.replicas)
+    }
+
     /// Whether every required model has a ready replica and the host is not about to stop.
     pub fn is_ready(&self) -> bool {
         let required = |service: &&ServiceStatus| service.required;

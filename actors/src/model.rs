@@ -18,7 +18,7 @@
 //! replica's slot until the end of those events, even if this actor is gone.
 
 use crate::device_supervisor::DeviceMsg;
-use crate::engine::{EngineError, EngineEvent, EngineStats, LoadProgress, RequestId};
+use crate::engine::{EngineError, EngineEvent, EngineStats, LoadProgress, RequestId, Task};
 use crate::events::EventBus;
 use crate::journal::{AfterDeath, Delivery, Ticket};
 use crate::link::{LinkError, WorkerFactory, WorkerLink};
@@ -453,6 +453,9 @@ impl ModelState {
             EngineEvent::Token { id, index, token, logprobs } => {
                 // Cancelled meanwhile: the worker has not heard of it yet.
                 let Some(running) = self.running.get_mut(&id) else { return };
+                if running.ticket.entry().task() == Task::Embed {
+                    return self.kill(WorkerEnd::Protocol("a token where an embedding was due".into()));
+                }
                 match running.ticket.entry_mut().on_token(index, token, logprobs) {
                     Ok(()) => self.deliver(id),
                     Err(gap) => self.kill(WorkerEnd::Protocol(gap.to_string())),
@@ -469,6 +472,13 @@ impl ModelState {
                 running.ticket.entry_mut().on_cached(usage.cached_tokens);
                 let terminal = running.ticket.entry().completed(reason);
                 running.ticket.conclude_delivered(terminal, self.args.limits.client_timeout);
+            }
+            EngineEvent::Embedded { id, values, usage } => {
+                if self.running.get(&id).is_some_and(|running| running.ticket.entry().task() != Task::Embed) {
+                    return self.kill(WorkerEnd::Protocol("an embedding that nobody asked for".into()));
+                }
+                let Some(running) = self.running.remove(&id) else { return };
+                running.ticket.conclude(Terminal::Embedded { values, usage });
             }
             EngineEvent::Failed { id, error } => self.on_failed(id, Failure::Request(error)),
         }

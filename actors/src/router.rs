@@ -26,7 +26,7 @@ use playhouse_config::{Limits, Model};
 use ractor::{Actor, ActorProcessingErr, ActorRef, MessagingErr, RpcReplyPort};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -136,8 +136,8 @@ pub struct RouterHandle {
 struct Shared {
     /// Who is the router now: a name, not a table.
     current: RwLock<Option<ActorRef<RouterMsg>>>,
-    /// What came while there was no router and must not be lost: tickets.
-    parked: Mutex<Vec<RouterMsg>>,
+    /// What came while there was no router and must not be lost: tickets. `None` when no router comes any more.
+    parked: Mutex<Option<Vec<RouterMsg>>>,
     next_id: AtomicU64,
     inbox: Arc<Semaphore>,
 }
@@ -146,7 +146,7 @@ impl Default for Shared {
     fn default() -> Self {
         Self {
             current: RwLock::new(None),
-            parked: Mutex::new(Vec::new()),
+            parked: Mutex::new(Some(Vec::new())),
             next_id: AtomicU64::new(1),
             inbox: Arc::new(Semaphore::new(INBOX_MAX)),
         }
@@ -203,14 +203,27 @@ impl RouterHandle {
             },
             None => Some(message),
         };
-        if let Some(message) = refused {
-            self.shared.parked.lock().unwrap_or_else(PoisonError::into_inner).push(message);
+        let Some(message) = refused else { return };
+        if let Some(parked) = &mut *self.parked() {
+            return parked.push(message);
+        }
+        self.end(message);
+    }
+
+    fn parked(&self) -> MutexGuard<'_, Option<Vec<RouterMsg>>> {
+        self.shared.parked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// No router comes any more: the client of a ticket learns it.
+    fn end(&self, message: RouterMsg) {
+        if let RouterMsg::Returned(open) = message {
+            Ticket::reopen(open, self.clone()).conclude(Terminal::Failed(Failure::Draining));
         }
     }
 
     pub(crate) fn concluded(&self, id: RequestId, terminal: &Terminal) {
         let outcome = match terminal {
-            Terminal::Completed { .. } => Concluded::Completed,
+            Terminal::Completed { .. } | Terminal::Embedded { .. } => Concluded::Completed,
             Terminal::Failed(Failure::Poison { .. }) => Concluded::Poisoned,
             Terminal::Failed(_) => Concluded::Failed,
             Terminal::Cancelled => Concluded::Cancelled,
@@ -224,19 +237,15 @@ impl RouterHandle {
         if router.is_none() {
             return;
         }
-        let parked = std::mem::take(&mut *self.shared.parked.lock().unwrap_or_else(PoisonError::into_inner));
-        parked.into_iter().for_each(|message| self.post(message));
+        let parked = self.parked().as_mut().map(std::mem::take);
+        parked.into_iter().flatten().for_each(|message| self.post(message));
     }
 
-    /// The host ends: whoever still waits learns it. Tickets that come back from now on end as lost.
+    /// The host ends, in peace or by a failure of its root: whoever still waits learns it, and whoever comes later.
     pub(crate) fn close(&self) {
         self.install(None);
-        let parked = std::mem::take(&mut *self.shared.parked.lock().unwrap_or_else(PoisonError::into_inner));
-        for message in parked {
-            if let RouterMsg::Returned(open) = message {
-                Ticket::reopen(open, self.clone()).conclude(Terminal::Failed(Failure::Draining));
-            }
-        }
+        let parked = self.parked().take();
+        parked.into_iter().flatten().for_each(|message| self.end(message));
     }
 
     fn next_id(&self) -> RequestId {
@@ -719,6 +728,7 @@ impl Service {
 fn engine_request(id: RequestId, request: Generate) -> EngineRequest {
     EngineRequest {
         id,
+        task: request.task,
         prompt: request.prompt,
         emitted: Vec::new(),
         sampling: request.sampling,
@@ -726,6 +736,7 @@ fn engine_request(id: RequestId, request: Generate) -> EngineRequest {
         min_tokens: request.min_tokens,
         stop_ids: request.stop_ids,
         logprobs: request.logprobs,
+        constraint: request.constraint,
         priority: request.priority,
         deadline: None,
     }

@@ -4,7 +4,7 @@
 //!
 //! `SIM_SEED=42 cargo test -p playhouse-actors --test simulation` replays one seed; `SIM_SEEDS=100000` runs so many.
 
-use playhouse_actors::engine::{FinishReason, SamplingParams};
+use playhouse_actors::engine::{FinishReason, SamplingParams, Task};
 use playhouse_actors::house::{HouseArgs, HouseHandle, HouseMsg};
 use playhouse_actors::inventory::{DeviceId, HealthKind};
 use playhouse_actors::messages::{
@@ -12,7 +12,7 @@ use playhouse_actors::messages::{
 };
 use playhouse_actors::policy::placement::{Card, Demand, Plan, Wanted, place};
 use playhouse_actors::sim::{
-    Faults, SIM_BLOCK_BYTES, SIM_CONTEXT_BYTES, SimBox, SimInventory, SimWorkers, Verdict, sim_token,
+    Faults, SIM_BLOCK_BYTES, SIM_CONTEXT_BYTES, SimBox, SimInventory, SimWorkers, Verdict, sim_embedding, sim_token,
 };
 use playhouse_config::checked::Backoff;
 use playhouse_config::{Config, Devices, Limits, Model, ModelSource, Replicas, SimulatedDevice, Supervision};
@@ -227,14 +227,17 @@ async fn client(house: HouseHandle, random: Arc<Random>, ledger: SharedLedger, n
     let seed = random.next();
     let max_tokens = 1 + u32::try_from(random.below(60)).expect("small");
     let model = random.below(n_models);
+    let embed = random.one_in(10);
     let request = Generate {
         model: if random.one_in(3) { format!("alias{model}") } else { format!("m{model}") },
+        task: if embed { Task::Embed } else { Task::Generate },
         prompt: prompt.clone(),
         sampling: SamplingParams { seed, ..SamplingParams::greedy() },
         max_tokens,
         min_tokens: 0,
         stop_ids: Vec::new(),
         logprobs: None,
+        constraint: None,
         priority: 0,
         timeout: random.one_in(8).then(|| random.ms(1500)),
     };
@@ -290,7 +293,7 @@ async fn client(house: HouseHandle, random: Arc<Random>, ledger: SharedLedger, n
             }
             Some(StreamEvent::End(terminal)) => {
                 ends += 1;
-                how = judge(&terminal, number, next_index, max_tokens, prompt.len());
+                how = judge(&terminal, number, next_index, max_tokens, &prompt);
             }
             None => break,
         }
@@ -303,14 +306,19 @@ async fn client(house: HouseHandle, random: Arc<Random>, ledger: SharedLedger, n
     let _ = writeln!(ledger.log, "{number} {how} {next_index}");
 }
 
-fn judge(terminal: &Terminal, number: u64, n_tokens: u32, max_tokens: u32, prompt_len: usize) -> &'static str {
+fn judge(terminal: &Terminal, number: u64, n_tokens: u32, max_tokens: u32, prompt: &[u32]) -> &'static str {
     match terminal {
         Terminal::Completed { reason, usage } => {
             assert_eq!(*reason, FinishReason::Length, "client {number}");
             assert_eq!(n_tokens, max_tokens, "client {number}: complete, and tokens are missing");
             assert_eq!(usage.completion_tokens, n_tokens, "client {number}");
-            assert_eq!(usage.prompt_tokens as usize, prompt_len, "client {number}");
+            assert_eq!(usage.prompt_tokens as usize, prompt.len(), "client {number}");
             "completed"
+        }
+        Terminal::Embedded { values, usage } => {
+            assert_eq!(*values, sim_embedding(prompt), "client {number}: an embedding differs from an undisturbed run");
+            assert_eq!((n_tokens, usage.completion_tokens), (0, 0), "client {number}");
+            "embedded"
         }
         Terminal::Cancelled => "cancelled",
         Terminal::Failed(Failure::Poison { .. }) => "poison",

@@ -4,6 +4,8 @@ use crate::text::TextError;
 use std::error::Error;
 use std::process::ExitCode;
 
+use playhouse_config::ConfigError;
+
 use crate::gguf::{GgufError, GgufErrorKind};
 
 /// The exit codes, most of them from BSD `sysexits.h`.
@@ -85,7 +87,9 @@ impl CliError {
 
     /// `error: ` and a line per cause.
     pub fn chain(&self) -> String {
-        let mut text = format!("error: {}", self.cause);
+        let cause = self.cause.to_string();
+        // Diagnostics of a configuration say so themselves, each of them.
+        let mut text = if cause.starts_with("error: ") { cause } else { format!("error: {cause}") };
         let mut source = self.cause.source();
         while let Some(e) = source {
             text.push_str(&format!("\n  caused by: {e}"));
@@ -102,14 +106,27 @@ struct FileError {
     source: std::io::Error,
 }
 
+impl From<ConfigError> for CliError {
+    fn from(e: ConfigError) -> Self {
+        match e {
+            ConfigError::Read { path, source } => Self::io(&path, source),
+            ConfigError::Invalid { .. } => Self::new(Exit::BadConfig, e),
+        }
+    }
+}
+
+/// The exit code of a file that cannot be used.
+pub(super) fn gguf_exit(error: &GgufError) -> Exit {
+    match error.kind() {
+        GgufErrorKind::NotFound | GgufErrorKind::MissingShard => Exit::MissingFile,
+        GgufErrorKind::Io | GgufErrorKind::Changed => Exit::Transient,
+        _ => Exit::BadModel,
+    }
+}
+
 impl From<GgufError> for CliError {
     fn from(e: GgufError) -> Self {
-        let exit = match e.kind() {
-            GgufErrorKind::NotFound | GgufErrorKind::MissingShard => Exit::MissingFile,
-            GgufErrorKind::Io | GgufErrorKind::Changed => Exit::Transient,
-            _ => Exit::BadModel,
-        };
-        Self::new(exit, e)
+        Self::new(gguf_exit(&e), e)
     }
 }
 
@@ -127,6 +144,14 @@ impl From<TextError> for CliError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn diagnostics_are_shown_as_they_are() {
+        let e = playhouse_config::Config::from_text("a.toml", "nope = 1", &playhouse_config::Overrides::none());
+        let e = CliError::from(e.expect_err("no such key"));
+        assert_eq!(e.exit(), Exit::BadConfig);
+        assert!(e.chain().starts_with("error: unknown key `nope`"), "{}", e.chain());
+    }
 
     #[test]
     fn the_chain_has_a_line_per_cause() {

@@ -159,6 +159,7 @@ impl Run {
                 let text = self.choices[index].finish(reason, usage);
                 if text.is_empty() { Ok(()) } else { on_text(index, &text) }
             }
+            EngineEvent::Embedded { .. } => unreachable!("only generation was asked for"),
             EngineEvent::Failed { error, .. } => Err(error.into()),
         }
     }

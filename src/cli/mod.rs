@@ -15,6 +15,19 @@ mod perplexity;
 mod inspect;
 mod tokenize;
 mod synth;
+mod worker;
+mod serve;
+mod plan;
+mod socket;
+mod show;
+mod ps;
+mod top;
+mod reload;
+mod drain;
+mod restart;
+mod events;
+mod check;
+mod devices;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -60,6 +73,29 @@ commands! {
     Bench => bench,
     /// Measure how well a model predicts a text
     Perplexity => perplexity,
+    #[command(hide = true)]
+    /// Run one replica's engine for a host; started by it
+    Worker => worker,
+    /// Run models under supervision until told to stop
+    Serve => serve,
+    /// Show what would go on which device, and with how much memory, without touching a GPU
+    Plan => plan,
+    /// Show what a running host has on which device
+    Ps => ps,
+    /// Watch a running host live: devices, replicas, tokens/s, events
+    Top => top,
+    /// Have a running host read its configuration again; what did not change goes on undisturbed
+    Reload => reload,
+    /// Have a running host take no more requests and finish the open ones
+    Drain => drain,
+    /// Restart a model's or a device's workers in a running host
+    Restart => restart,
+    /// Show what happened in a running host
+    Events => events,
+    /// Judge a configuration file without starting anything
+    Check => check,
+    /// List the GPUs of this box
+    Devices => devices,
 }
 
 /// Runs language models from GGUF files. The same request with the same seed gives the same bytes.

@@ -214,6 +214,9 @@ mod tests {
             }
             Ok(())
         }
+        fn hidden(&mut self, _: &[u32], _: &mut Vec<f32>) -> Result<(), BackendError> {
+            panic!("perplexity needs no hidden states")
+        }
         fn copy_blocks(&mut self, _: &[(u32, u32)]) -> Result<(), BackendError> {
             Ok(())
         }

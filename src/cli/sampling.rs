@@ -3,7 +3,7 @@
 use std::hash::{BuildHasher, Hasher};
 
 use clap::builder::NonEmptyStringValueParser;
-use playhouse_actors::engine::{EngineRequest, RequestId, SamplingParams};
+use playhouse_actors::engine::{EngineRequest, RequestId, SamplingParams, Task};
 
 use super::CliError;
 use crate::text::Tokenizer;
@@ -91,6 +91,7 @@ impl SamplingArgs {
         };
         Ok(EngineRequest {
             id: RequestId(0),
+            task: Task::Generate,
             prompt,
             emitted: Vec::new(),
             sampling,
@@ -98,6 +99,7 @@ impl SamplingArgs {
             min_tokens: self.min_tokens,
             stop_ids: if self.ignore_eos { Vec::new() } else { tokenizer.stop_ids().to_vec() },
             logprobs,
+            constraint: None,
             priority: 0,
             deadline: None,
         })

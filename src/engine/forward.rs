@@ -41,6 +41,11 @@ impl<B: Backend> Activations<B> {
         })
     }
 
+    /// The residual stream after the last layer of the last step, `[T, C]`.
+    pub fn residual(&self) -> &B::Tensor {
+        &self.x
+    }
+
     /// `[R, V]` of the last step.
     pub fn logits(&self) -> &B::Tensor {
         &self.logits

@@ -156,6 +156,19 @@ impl<B: Backend> StepModel for Runner<B> {
         self.run_probed(batch, logits, None)
     }
 
+    fn hidden(&mut self, rows: &[u32], hidden: &mut Vec<f32>) -> Result<(), BackendError> {
+        let n_cols = self.spec.hidden_dim;
+        let n_rows = rows.iter().max().map_or(0, |last| *last as usize + 1);
+        let mut residual = vec![0.0; n_rows * n_cols];
+        self.backend.read(self.activations.residual(), &mut residual)?;
+        hidden.clear();
+        for &row in rows {
+            let row = &residual[row as usize * n_cols..][..n_cols];
+            hidden.extend(rms_norm(row, &self.resident.output_norm, self.spec.output_norm.eps));
+        }
+        Ok(())
+    }
+
     fn run_and_choose(
         &mut self,
         batch: &Batch,
@@ -178,6 +191,13 @@ impl<B: Backend> StepModel for Runner<B> {
     fn memory(&self) -> MemoryUse {
         self.backend.memory()
     }
+}
+
+/// Root-mean-square normalisation of one row; summed in f64, so that the order is of no consequence.
+fn rms_norm<'a>(row: &'a [f32], weight: &'a [f32], eps: f32) -> impl Iterator<Item = f32> + 'a {
+    let squares: f64 = row.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
+    let inverse = 1.0 / (squares / row.len() as f64 + f64::from(eps)).sqrt();
+    row.iter().zip(weight).map(move |(x, w)| (f64::from(*x) * inverse * f64::from(*w)) as f32)
 }
 
 fn check_limits(spec: &ModelSpec, limits: &RunnerLimits) -> Result<(), LoadError> {

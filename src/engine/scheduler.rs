@@ -82,7 +82,7 @@ pub enum Outcome {
     /// This token.
     Token(u32),
     /// None: the sequence ends without one.
-    Failed,
+    Without,
 }
 
 /// Lookups in the prefix cache, in prompt tokens.
@@ -195,6 +195,11 @@ impl Scheduler {
         self.running.len()
     }
 
+    /// The running request that is preempted first: the last of the queue.
+    pub fn youngest_running(&self) -> Option<RequestId> {
+        self.running.last().map(|key| self.sequences[key].request().id)
+    }
+
     /// Sequences that wait.
     pub fn n_waiting(&self) -> usize {
         self.waiting.len()
@@ -246,7 +251,7 @@ impl Scheduler {
                 continue;
             }
             match *outcomes.next().expect("an outcome for each choice") {
-                Outcome::Failed => drop(self.end(work.key)),
+                Outcome::Without => drop(self.end(work.key)),
                 Outcome::Token(token) => {
                     sequence.push(token, &self.kv);
                     if let Some(reason) = self.sequences[&work.key].finish(self.n_limit()) {

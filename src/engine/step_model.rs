@@ -39,6 +39,14 @@ pub trait StepModel {
     /// [`BackendError::Device`]: the model is lost.
     fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), BackendError>;
 
+    /// The hidden states of tokens of the last step, after the output norm: `rows` are indices into its
+    /// [`Batch::tokens`]; fills `hidden` with `rows.len() * hidden_dim` values, one row after another. Invariant as
+    /// logits are.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`].
+    fn hidden(&mut self, rows: &[u32], hidden: &mut Vec<f32>) -> Result<(), BackendError>;
+
     /// Runs one step and chooses a token from each row of logits, as [`super::sampler`] defines it, where the model can do that
     /// without giving the logits away. `None` where it cannot: then `logits` is as after [`StepModel::run`].
     ///
@@ -79,6 +87,10 @@ impl<M: StepModel + ?Sized> StepModel for Box<M> {
 
     fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), BackendError> {
         (**self).run(batch, logits)
+    }
+
+    fn hidden(&mut self, rows: &[u32], hidden: &mut Vec<f32>) -> Result<(), BackendError> {
+        (**self).hidden(rows, hidden)
     }
 
     fn run_and_choose(

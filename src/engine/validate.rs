@@ -50,11 +50,12 @@ fn invalid(param: &str, found: &str, expected: &str) -> RequestError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use playhouse_actors::engine::RequestId;
+    use playhouse_actors::engine::{RequestId, Task};
 
     fn request(change: impl FnOnce(&mut EngineRequest)) -> EngineRequest {
         let mut request = EngineRequest {
             id: RequestId(1),
+            task: Task::Generate,
             prompt: vec![1],
             emitted: vec![],
             sampling: SamplingParams::greedy(),
@@ -62,6 +63,7 @@ mod tests {
             min_tokens: 0,
             stop_ids: vec![],
             logprobs: None,
+            constraint: None,
             priority: 0,
             deadline: None,
         };

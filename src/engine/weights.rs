@@ -20,6 +20,8 @@ pub struct Resident<B: Backend> {
     pub model: Model<WeightId>,
     /// The table of each of [`Model::ropes`] for the positions there are, `[n_ctx, n_rot]`.
     pub rope_tables: Vec<WeightId>,
+    /// The output norm's weight, on the host, `[C]`: hidden states that are asked for are normalised there.
+    pub output_norm: Vec<f32>,
     weights: Vec<B::Weight>,
 }
 
@@ -46,7 +48,8 @@ impl<B: Backend> Resident<B> {
         let model = spec.map(&mut |rule| Ok::<_, LoadError>(ids[&rule.owner()]))?;
         let rope_tables =
             spec.ropes.iter().map(|rope| loader.rope_table(rope, n_ctx)).collect::<Result<_, LoadError>>()?;
-        Ok(Self { model, rope_tables, weights: loader.weights })
+        let output_norm = f32s(file, &spec.output_norm.weight)?;
+        Ok(Self { model, rope_tables, output_norm, weights: loader.weights })
     }
 }
 

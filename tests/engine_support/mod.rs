@@ -9,7 +9,8 @@
 use playhouse::backend::{BLOCK_TOKENS, BackendError, Batch, MemoryUse};
 use playhouse::engine::{LlmEngine, StepCapacity, StepModel};
 use playhouse_actors::engine::{
-    Engine, EngineEvent, EngineRequest, FinishReason, RequestError, RequestId, SamplingParams, TokenLogprobs, Usage,
+    Engine, EngineEvent, EngineRequest, FinishReason, RequestError, RequestId, SamplingParams, Task, TokenLogprobs,
+    Usage,
 };
 use std::collections::{BTreeMap, HashSet};
 
@@ -34,12 +35,22 @@ pub(crate) struct FakeModel {
     pub(crate) n_steps: u64,
     pub(crate) n_tokens: u64,
     slots: Vec<Option<(u32, u32)>>,
+    last: Batch,
 }
 
 impl FakeModel {
     pub(crate) fn new(capacity: StepCapacity) -> Self {
         let slots = vec![None; capacity.n_kv_blocks * BLOCK_TOKENS];
-        Self { n_vocab: 97, n_ctx: 400, capacity, faults: vec![], n_steps: 0, n_tokens: 0, slots }
+        Self {
+            n_vocab: 97,
+            n_ctx: 400,
+            capacity,
+            faults: vec![],
+            n_steps: 0,
+            n_tokens: 0,
+            slots,
+            last: Batch::default(),
+        }
     }
 
     pub(crate) fn with_faults(mut self, faults: &[Fault]) -> Self {
@@ -131,8 +142,16 @@ impl StepModel for FakeModel {
             });
         }
         self.n_tokens += batch.tokens.len() as u64;
+        self.last = batch.clone();
         logits.clear();
         batch.logit_rows.iter().for_each(|&row| logits.extend(self.row(batch, row as usize)));
+        Ok(())
+    }
+
+    fn hidden(&mut self, rows: &[u32], hidden: &mut Vec<f32>) -> Result<(), BackendError> {
+        hidden.clear();
+        // What the last token has seen: the first logits are a function of it.
+        rows.iter().for_each(|&row| hidden.extend(&self.row(&self.last, row as usize)[..4]));
         Ok(())
     }
 
@@ -155,6 +174,7 @@ pub(crate) struct Told {
     pub(crate) tokens: Vec<u32>,
     pub(crate) logprobs: Vec<TokenLogprobs>,
     pub(crate) first_index: Option<u32>,
+    pub(crate) embedding: Option<Vec<f32>>,
     pub(crate) end: Option<Result<(FinishReason, Usage), RequestError>>,
 }
 
@@ -190,6 +210,10 @@ pub(crate) fn collect(told: &mut BTreeMap<RequestId, Told>, events: &[EngineEven
                 told.logprobs.extend(logprobs.clone());
             }
             EngineEvent::Finished { id, reason, usage } => end(told, *id, Ok((*reason, *usage))),
+            EngineEvent::Embedded { id, values, usage } => {
+                told.entry(*id).or_default().embedding = Some(values.clone());
+                end(told, *id, Ok((FinishReason::Stop, *usage)));
+            }
             EngineEvent::Failed { id, error } => end(told, *id, Err(error.clone())),
         }
     }
@@ -216,6 +240,7 @@ pub(crate) fn drain<M: StepModel>(engine: &mut LlmEngine<M>) -> BTreeMap<Request
 pub(crate) fn request(id: u64, prompt: &[u32], max_tokens: u32) -> EngineRequest {
     EngineRequest {
         id: RequestId(id),
+        task: Task::Generate,
         prompt: prompt.to_vec(),
         emitted: vec![],
         sampling: SamplingParams::greedy(),
@@ -223,6 +248,7 @@ pub(crate) fn request(id: u64, prompt: &[u32], max_tokens: u32) -> EngineRequest
         min_tokens: 0,
         stop_ids: vec![],
         logprobs: None,
+        constraint: None,
         priority: 0,
         deadline: None,
     }

@@ -4,7 +4,7 @@ use super::driver::{Sequence, push, runner, runner_with};
 use super::golden::{self, Prompt, argmax, checkpoint, golden};
 use playhouse::backend::{Batch, KvDtype};
 use playhouse::engine::{EngineOptions, LlmEngine, RunnerLimits, StepModel};
-use playhouse_actors::engine::{Engine, EngineEvent, EngineRequest, RequestId, SamplingParams};
+use playhouse_actors::engine::{Engine, EngineEvent, EngineRequest, RequestId, SamplingParams, Task};
 use std::collections::BTreeMap;
 
 #[test]
@@ -30,6 +30,7 @@ fn greedy_answers_are_those_of_transformers() {
 fn request(id: u64, prompt: &Prompt) -> EngineRequest {
     EngineRequest {
         id: RequestId(id),
+        task: Task::Generate,
         prompt: prompt.tokens.clone(),
         emitted: Vec::new(),
         sampling: SamplingParams::greedy(),
@@ -37,6 +38,7 @@ fn request(id: u64, prompt: &Prompt) -> EngineRequest {
         min_tokens: 0,
         stop_ids: Vec::new(),
         logprobs: None,
+        constraint: None,
         priority: 0,
         deadline: None,
     }
@@ -63,6 +65,7 @@ fn the_engine_gives_the_same_answers_under_pressure() {
             match event {
                 EngineEvent::Token { id, token, .. } => answers.entry(id.0).or_default().push(token),
                 EngineEvent::Finished { .. } => {}
+                EngineEvent::Embedded { .. } => panic!("nobody asked for an embedding"),
                 EngineEvent::Failed { error, .. } => panic!("{name}: {error}"),
             }
         }

@@ -134,3 +134,27 @@ fn copied_blocks_hold_the_same_keys_and_values() {
     let expected = all_logits(&mut runner, &mut original, tail, 64);
     assert!(all_logits(&mut runner, &mut copy, tail, 64) == expected);
 }
+
+#[test]
+fn hidden_states_are_what_the_output_matrix_projects() {
+    // In f32, untied or tied: the logits are the output matrix times the hidden state.
+    for name in golden::ALL {
+        let (golden, file) = (golden(name), checkpoint(name));
+        let prompt = &golden.prompts[1];
+        let mut runner = runner(&file, prompt.n_ctx);
+        let mut sequence = Sequence::new(&runner, 0);
+        let (mut batch, mut logits, mut hidden) = (Batch::default(), Vec::new(), Vec::new());
+        push(&mut batch, &mut sequence, &prompt.tokens, false);
+        runner.run(&batch, &mut logits).unwrap();
+        runner.hidden(&batch.logit_rows, &mut hidden).unwrap();
+        let info =
+            file.tensor("output.weight").or(file.tensor("token_embd.weight")).expect("there is an output matrix");
+        let mut matrix = vec![0.0; info.n_elems() as usize];
+        info.dtype.decode(&file.bytes(info).unwrap(), &mut matrix).unwrap();
+        assert_eq!(matrix.len(), logits.len() * hidden.len(), "{name}");
+        for (row, logit) in matrix.chunks(hidden.len()).zip(&logits) {
+            let exact: f64 = row.iter().zip(&hidden).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+            assert!((exact - f64::from(*logit)).abs() < 2e-3, "{name}: {exact} and {logit}");
+        }
+    }
+}

@@ -122,6 +122,26 @@ pub enum WorkerEnd {
     ActorFailed(String),
 }
 
+impl std::fmt::Display for WorkerEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Asked => f.write_str("asked to end"),
+            Self::Exited(status) => write!(f, "exited with status {status}"),
+            Self::Signalled(signal) => write!(f, "ended by signal {signal}"),
+            Self::NotStarted(why) => write!(f, "not started: {why}"),
+            Self::Hung => f.write_str("hung: no sign of life, or a step that took too long"),
+            Self::Protocol(what) => write!(f, "broke the rules of the link: {what}"),
+            Self::DeviceLost(why) => write!(f, "device lost: {why}"),
+            Self::OutOfMemory { requested, free } => {
+                write!(f, "out of memory: {requested} bytes asked for, {free} free")
+            }
+            Self::BadModel(why) => write!(f, "bad model: {why}"),
+            Self::WrongDevice(why) => write!(f, "wrong device: {why}"),
+            Self::ActorFailed(why) => write!(f, "its actor failed: {why}"),
+        }
+    }
+}
+
 /// Exit status of a worker whose model cannot be loaded (`EX_DATAERR`).
 pub const EXIT_BAD_MODEL: i32 = 65;
 /// Exit status of a worker whose device is not the configured one (`EX_UNAVAILABLE`).

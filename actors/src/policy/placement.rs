@@ -12,7 +12,7 @@
 use crate::inventory::DeviceId;
 use playhouse_config::units::Bytes;
 use playhouse_config::{DeviceSelector, Devices, PciBusId, Replicas, SelectError};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// A card with what is free for us on it.
@@ -65,14 +65,14 @@ pub struct Wanted {
 }
 
 /// The plan: every card, with what goes on it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
     /// In the order of the cards given, the CPU last if anything runs there.
     pub devices: Vec<DevicePlan>,
 }
 
 /// What goes on one card.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DevicePlan {
     /// The card.
     pub device: DeviceId,
@@ -89,7 +89,7 @@ pub struct DevicePlan {
 }
 
 /// One replica on one card.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placement {
     /// The model's name.
     pub model: String,

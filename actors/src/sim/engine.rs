@@ -3,13 +3,18 @@
 
 use crate::engine::{
     Engine, EngineError, EngineEvent, EngineRequest, EngineStats, FinishReason, RequestError, RequestId, StepReport,
-    Usage,
+    Task, Usage,
 };
 use crate::policy::mix;
 use std::collections::BTreeSet;
 
 /// Tokens per block.
 const BLOCK_TOKENS: u32 = 16;
+
+/// The hidden state that every simulated engine gives for such a prompt.
+pub fn sim_embedding(prompt: &[u32]) -> Vec<f32> {
+    (0..4).map(|i| (sim_token(prompt, i, 0, 0) % 1000) as f32).collect()
+}
 
 /// The token that every simulated engine emits at `index` of such a request; never a stop id below 2.
 pub fn sim_token(prompt: &[u32], seed: u64, choice: u32, index: u32) -> u32 {
@@ -131,6 +136,14 @@ impl Engine for SimEngine {
         let n_prefill_tokens = self.admit();
         let limit = self.n_ctx.min(self.blocks_total.saturating_mul(BLOCK_TOKENS));
         let mut n_decode_tokens = 0;
+        self.running.retain(|request| {
+            if request.task == Task::Embed {
+                let prompt_tokens = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
+                let usage = Usage { prompt_tokens, ..Usage::default() };
+                events.push(EngineEvent::Embedded { id: request.id, values: sim_embedding(&request.prompt), usage });
+            }
+            request.task == Task::Generate
+        });
         for request in &mut self.running {
             let index = u32::try_from(request.emitted.len()).unwrap_or(u32::MAX);
             let token = sim_token(&request.prompt, request.sampling.seed, request.sampling.choice, index);
@@ -179,6 +192,7 @@ mod tests {
     fn request(id: u64, prompt_len: u32, max_tokens: u32) -> EngineRequest {
         EngineRequest {
             id: RequestId(id),
+            task: Task::Generate,
             prompt: (0..prompt_len).collect(),
             emitted: Vec::new(),
             sampling: SamplingParams::greedy(),
@@ -186,6 +200,7 @@ mod tests {
             min_tokens: 0,
             stop_ids: Vec::new(),
             logprobs: None,
+            constraint: None,
             priority: 0,
             deadline: None,
         }

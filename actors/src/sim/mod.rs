@@ -7,7 +7,7 @@ mod engine;
 mod inventory;
 mod worker;
 
-pub use engine::{SimEngine, sim_token};
+pub use engine::{SimEngine, sim_embedding, sim_token};
 pub use inventory::{SimBox, SimInventory};
 pub use worker::{
     Faults, NoFaults, SIM_BLOCK_BYTES, SIM_CONTEXT_BYTES, SimProcess, SimWorkers, Verdict, sim_held_bytes,

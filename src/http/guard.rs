@@ -1,0 +1,261 @@
+//! What every request passes before an endpoint sees it: an id, the Host and Origin checks, and the key. None of it
+//! reads the body.
+
+use super::error::ApiError;
+use super::server::Peer;
+use super::{App, id};
+use axum::body::Body;
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use futures_util::FutureExt;
+use std::net::IpAddr;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+use tracing::Instrument;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+/// Bytes of a request id that is echoed.
+const REQUEST_ID_MAX: usize = 128;
+
+/// Who may use an endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Everybody.
+    Public,
+    /// Whoever has a key, if there are keys.
+    Key,
+    /// Whoever has an admin key, or comes by the Unix socket.
+    Admin,
+}
+
+/// Which key a request has shown, for limits of each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shown(pub(super) usize);
+
+/// Stands in front of everything: gives the request its id, a span and a line in the log, and turns a panic of ours into
+/// an answer.
+pub(super) async fn outermost(State(app): State<App>, request: Request, next: Next) -> Response {
+    let start = Instant::now();
+    let id = request_id(request.headers());
+    let method = request.method().clone();
+    let path = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str).to_owned();
+    let trace = trace_id(request.headers()).unwrap_or_default().to_owned();
+    let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default(), %method, path, trace);
+    let mut response = async {
+        match check_origin(&app, request.headers(), request.uri()) {
+            Err(error) => error.into_response(),
+            Ok(()) => match AssertUnwindSafe(next.run(request)).catch_unwind().await {
+                Ok(response) => response,
+                Err(_) => ApiError::internal(&"an endpoint panicked").into_response(),
+            },
+        }
+    }
+    .instrument(span.clone())
+    .await;
+    let took = start.elapsed();
+    // Neither the address's query nor the body: they may hold what users wrote.
+    tracing::debug!(parent: &span, status = response.status().as_u16(), ms = took.as_millis() as u64, "answered");
+    app.metrics.http(&method, &path, response.status().as_u16(), took);
+    response.headers_mut().insert(REQUEST_ID, id);
+    response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}
+
+/// The client's own id, if it is one that can be echoed and logged safely.
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    let is_plain = |value: &&HeaderValue| {
+        (1..=REQUEST_ID_MAX).contains(&value.len()) && value.as_bytes().iter().all(u8::is_ascii_graphic)
+    };
+    let shown = headers.get(REQUEST_ID).filter(is_plain).cloned();
+    shown.unwrap_or_else(|| HeaderValue::from_str(&id::new("req-")).expect("hexadecimal digits are visible"))
+}
+
+/// The trace id of a W3C `traceparent`: `00-<32 hex digits>-<16>-<2>`.
+fn trace_id(headers: &HeaderMap) -> Option<&str> {
+    let parts: Vec<&str> = headers.get("traceparent")?.to_str().ok()?.split('-').collect();
+    let is_hex = |part: &str, n| part.len() == n && part.bytes().all(|b| b.is_ascii_hexdigit());
+    match parts[..] {
+        ["00", trace, span, flags] if is_hex(trace, 32) && is_hex(span, 16) && is_hex(flags, 2) => Some(trace),
+        _ => None,
+    }
+}
+
+/// Refuses names that are not ours, so that no page can reach a local house by rebinding its own name to 127.0.0.1; and
+/// requests that a page of another origin makes, which browsers send without asking.
+fn check_origin(app: &App, headers: &HeaderMap, uri: &Uri) -> Result<(), ApiError> {
+    let settings = &app.settings;
+    let host = uri.authority().map(|authority| authority.as_str());
+    let host = host.or_else(|| headers.get(header::HOST).and_then(|host| host.to_str().ok()));
+    // HTTP/1.0 has no Host, and no browser speaks it.
+    if let Some(host) = host {
+        let name = host_name(host);
+        let is_ours = is_local_name(name)
+            || settings.allowed_hosts.iter().any(|allowed| allowed.eq_ignore_ascii_case(name))
+            || (settings.allowed_hosts.is_empty() && !settings.api_keys.is_empty());
+        if !is_ours {
+            let shown: String = name.chars().take(100).collect();
+            return Err(ApiError::forbidden(format!("the name `{shown}` is not among the allowed hosts")));
+        }
+    }
+    let Some(origin) = headers.get(header::ORIGIN) else { return Ok(()) };
+    let origin = origin.to_str().unwrap_or("null");
+    let allowed = &settings.cors_origins;
+    let is_allowed = allowed.iter().any(|allowed| allowed == "*" || allowed.eq_ignore_ascii_case(origin));
+    let is_own = origin.split_once("://").is_some_and(|(_, authority)| host == Some(authority));
+    if is_allowed || is_own {
+        return Ok(());
+    }
+    Err(ApiError::forbidden("pages of this origin may not use this API; the setting is `cors_origins`"))
+}
+
+/// The name of `name:port`, `[::1]:port`.
+fn host_name(host: &str) -> &str {
+    if let Some(rest) = host.strip_prefix('[') {
+        return rest.split(']').next().unwrap_or(rest);
+    }
+    host.rsplit_once(':').map_or(host, |(name, _)| name)
+}
+
+/// An address cannot be rebound, and `localhost` is resolved by the machine itself.
+fn is_local_name(name: &str) -> bool {
+    name.parse::<IpAddr>().is_ok()
+        || name.eq_ignore_ascii_case("localhost")
+        || name.to_ascii_lowercase().ends_with(".localhost")
+}
+
+/// Asks for the key that `access` needs.
+pub(super) async fn check_key(
+    State((app, access)): State<(App, Access)>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    if request.extensions().get::<Peer>() == Some(&Peer::Unix) || access == Access::Public {
+        return next.run(request).await;
+    }
+    let settings = &app.settings;
+    let shown = shown_key(request.headers());
+    let admin = shown.and_then(|key| settings.admin_keys.find(key));
+    let user = shown.and_then(|key| settings.api_keys.find(key));
+    match access {
+        // Clients of the OpenAI API always show something: where there are no keys it does not matter what.
+        Access::Key if settings.api_keys.is_empty() || admin.or(user).is_some() => {}
+        Access::Admin if admin.is_some() => {}
+        Access::Admin if user.is_some() || settings.admin_keys.is_empty() => {
+            return ApiError::forbidden("this needs an admin key, or the admin socket").into_response();
+        }
+        _ => return ApiError::unauthenticated().into_response(),
+    }
+    if let Some(user) = user {
+        request.extensions_mut().insert(Shown(user));
+    }
+    next.run(request).await
+}
+
+fn shown_key(headers: &HeaderMap) -> Option<&[u8]> {
+    let bearer = headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
+    let bearer = bearer.and_then(|value| {
+        let (scheme, key) = value.split_at_checked(7)?;
+        scheme.eq_ignore_ascii_case(b"bearer ").then_some(key.trim_ascii())
+    });
+    bearer.or_else(|| headers.get(API_KEY).map(HeaderValue::as_bytes))
+}
+
+/// How many streams each key has open.
+#[derive(Debug, Default, Clone)]
+pub(super) struct KeyStreams(Arc<Mutex<Vec<u32>>>);
+
+/// One open stream of a key; the place is free again when this is dropped.
+#[derive(Debug)]
+pub(super) struct KeyStream {
+    streams: KeyStreams,
+    key: usize,
+}
+
+impl KeyStreams {
+    /// A place for one more stream of this key.
+    ///
+    /// # Errors
+    /// 429 if the key has as many as it may.
+    pub(super) fn open(&self, key: Option<Shown>, most: Option<u32>) -> Result<Option<KeyStream>, ApiError> {
+        let (Some(Shown(key)), Some(most)) = (key, most) else { return Ok(None) };
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if open.len() <= key {
+            open.resize(key + 1, 0);
+        }
+        if open[key] >= most {
+            return Err(ApiError::busy(format!("this key has {most} requests open, which is the most it may")));
+        }
+        open[key] += 1;
+        Ok(Some(KeyStream { streams: self.clone(), key }))
+    }
+}
+
+impl Drop for KeyStream {
+    fn drop(&mut self) {
+        self.streams.0.lock().unwrap_or_else(PoisonError::into_inner)[self.key] -= 1;
+    }
+}
+
+/// The answer to addresses that are none.
+pub(super) async fn no_such_page(uri: Uri) -> ApiError {
+    ApiError::no_such_page(uri.path())
+}
+
+/// The answer to methods that an endpoint does not take.
+pub(super) async fn wrong_method(request: axum::http::Request<Body>) -> ApiError {
+    ApiError::wrong_method(request.method().as_str(), request.uri().path())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_cut_from_their_ports() {
+        assert_eq!(host_name("localhost:7070"), "localhost");
+        assert_eq!(host_name("[::1]:7070"), "::1");
+        assert_eq!(host_name("moon.example"), "moon.example");
+        assert!(is_local_name("127.0.0.1") && is_local_name("::1") && is_local_name("LOCALHOST"));
+        assert!(!is_local_name("moon.example") && !is_local_name("localhost.example") && !is_local_name(""));
+    }
+
+    #[test]
+    fn ids_that_could_break_a_log_line_are_replaced() {
+        let echoed = |id: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(REQUEST_ID, HeaderValue::from_str(id).expect("a header"));
+            request_id(&headers) == id
+        };
+        assert!(echoed("a-1") && echoed(&"x".repeat(128)));
+        assert!(!echoed("") && !echoed("a b") && !echoed(&"x".repeat(129)));
+    }
+
+    #[test]
+    fn only_whole_traceparents_are_read() {
+        let read = |text: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("traceparent", HeaderValue::from_static(text));
+            trace_id(&headers).map(str::to_owned)
+        };
+        let whole = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        assert_eq!(read(whole).as_deref(), Some("0af7651916cd43dd8448eb211c80319c"));
+        assert_eq!(read("00-0af7-b7ad6b7169203331-01"), None);
+        assert_eq!(read(""), None);
+    }
+
+    #[test]
+    fn a_key_has_so_many_streams() {
+        let streams = KeyStreams::default();
+        let key = Some(Shown(3));
+        let first = streams.open(key, Some(1)).expect("free");
+        assert!(streams.open(key, Some(1)).is_err());
+        assert!(streams.open(Some(Shown(0)), Some(1)).is_ok(), "another key");
+        drop(first);
+        assert!(streams.open(key, Some(1)).is_ok());
+        assert!(streams.open(None, Some(0)).is_ok_and(|place| place.is_none()));
+    }
+}

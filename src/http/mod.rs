@@ -1,0 +1,118 @@
+//! The HTTP front: the OpenAI API with server-sent events, health, metrics and a dashboard, for everybody who does not
+//! speak the house's own messages.
+//!
+//! ```text
+//! socket -> server (caps, timeouts, TLS) -> guard (id, Host, Origin, key) -> endpoint -> client -> house
+//! ```
+//!
+//! Owns no model and no request: it reads [`crate::client::TokenStream`]s and drops them when a client goes away, which
+//! cancels them. Bounds of requests are in [`crate::client::limits`]; what is bounded here is connections and bytes.
+//!
+//! Reading order: [`control`] says what the front needs of its host besides a client; `server` takes connections; `guard`
+//! stands in front of every endpoint; `routes` is the table of endpoints; `openai` is the API; `output` parses what
+//! models say.
+
+pub mod control;
+mod settings;
+mod error;
+
+mod server;
+mod keys;
+mod guard;
+mod body;
+mod routes;
+mod id;
+
+mod openai;
+mod output;
+mod sse;
+mod tokens;
+mod health;
+mod manage;
+mod metrics;
+mod status;
+mod openapi;
+mod dashboard;
+
+use crate::client::Client;
+use control::Control;
+pub use error::ServeError;
+pub use keys::KeyRing;
+pub use settings::{HttpSettings, TlsFiles};
+use std::sync::Arc;
+use tokio::net::{TcpListener, UnixListener};
+use tokio_util::sync::CancellationToken;
+
+/// What this program is, for `/version` and `system_fingerprint`.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct BuildInfo {
+    /// The version of Playhouse.
+    pub version: String,
+    /// The commit it was built from, if known.
+    pub commit: Option<String>,
+}
+
+impl Default for BuildInfo {
+    fn default() -> Self {
+        Self { version: env!("CARGO_PKG_VERSION").to_owned(), commit: None }
+    }
+}
+
+/// What a front is made of. Cheap to clone.
+#[derive(Clone)]
+pub struct Front {
+    /// The way to the models.
+    pub client: Client,
+    /// The way to the host.
+    pub control: Arc<dyn Control>,
+    /// Bounds, keys, names.
+    pub settings: HttpSettings,
+    /// What this program is.
+    pub build: BuildInfo,
+}
+
+/// What every endpoint sees.
+struct Shared {
+    client: Client,
+    control: Arc<dyn Control>,
+    settings: HttpSettings,
+    build: BuildInfo,
+    /// Same model, same seed, same fingerprint: same text.
+    fingerprint: String,
+    metrics: metrics::Metrics,
+    key_streams: guard::KeyStreams,
+    /// Cancelled when the front stops: streams without an end of their own end then.
+    stopping: CancellationToken,
+}
+
+type App = Arc<Shared>;
+
+impl Front {
+    fn shared(self, stopping: CancellationToken) -> App {
+        let Front { client, control, settings, build } = self;
+        let commit = build.commit.as_deref().map(|commit| format!("-{}", commit.get(..8).unwrap_or(commit)));
+        let fingerprint = format!("playhouse-{}{}", build.version, commit.unwrap_or_default());
+        let (metrics, key_streams) = (metrics::Metrics::new(), guard::KeyStreams::default());
+        Arc::new(Shared { client, control, settings, build, fingerprint, metrics, key_streams, stopping })
+    }
+}
+
+/// Serves until `stop` is cancelled, then takes no more connections and waits for the requests in flight, at most
+/// [`HttpSettings::drain`].
+///
+/// # Errors
+/// [`ServeError::Exposed`] if the listener can be reached from outside and the settings have no keys or no TLS and do
+/// not say that this is wanted; [`ServeError::Tls`] if certificate or key cannot be used. Trouble with single
+/// connections ends those connections.
+pub async fn serve(front: Front, listener: TcpListener, stop: CancellationToken) -> Result<(), ServeError> {
+    server::serve_tcp(front.shared(stop.clone()), listener, stop).await
+}
+
+/// Serves on a Unix socket, whose file's permissions say who may connect. Whoever can may do everything; keys are not
+/// asked for.
+///
+/// # Errors
+/// None while it runs: trouble with single connections ends those connections.
+pub async fn serve_unix(front: Front, listener: UnixListener, stop: CancellationToken) -> Result<(), ServeError> {
+    server::serve_unix(front.shared(stop.clone()), listener, stop).await
+}

@@ -1,0 +1,286 @@
+//! `POST /v1/chat/completions`.
+
+use super::super::App;
+use super::super::body::Json;
+use super::super::error::ApiError;
+use super::super::guard::Shown;
+use super::super::output::{Splitter, Syntax};
+use super::super::sse::{self, Running};
+use super::answer::{Head, TokenTexts, Usage, finish_reason, key_place, stop_reason};
+use super::chat_stream::ChatChunks;
+use super::choice::{ChatChoice, MessageBuilder};
+use super::request::{ChatBody, StreamOptions};
+use crate::client::{ChatRequest, Event, GenerateRequest, ModelCard, TokenStream};
+use crate::text::{Message, RenderOptions};
+use axum::Extension;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+/// Tokens at the end of a prompt in which an opened `<think>` can stand.
+const PROMPT_END_TOKENS: usize = 8;
+
+/// The endpoint.
+pub(in crate::http) async fn chat(
+    State(app): State<App>,
+    shown: Option<Extension<Shown>>,
+    Json(mut body): Json<ChatBody>,
+) -> Result<Response, ApiError> {
+    let handle = app.client.model(&body.model)?;
+    let card = handle.card().clone();
+    let place = key_place(&app, shown.map(|Extension(shown)| shown))?;
+    let (request, syntax) = request(&mut body, &card)?;
+    let (n, max_tokens) = (request.generate.n, request.generate.max_tokens);
+    let mut meter = app.metrics.request(&card.name, n, max_tokens);
+    let stream = match handle.chat(request).await {
+        Ok(stream) => stream,
+        Err(error) => {
+            meter.refused();
+            return Err(error.into());
+        }
+    };
+    meter.accepted(stream.prompt().len() as u64);
+    let chat = Chat {
+        head: Head::new(&app, "chatcmpl-", &card.name),
+        texts: TokenTexts(card.clone()),
+        n_prompt: stream.prompt().len() as u64,
+    };
+    let choices = choices(&card, syntax, &stream);
+    let running = Running { meter, place, keep_alive: app.settings.keep_alive };
+    if body.stream.unwrap_or(false) {
+        let chunks = ChatChunks::new(chat, choices, StreamOptions::include_usage(body.stream_options.as_ref()));
+        return sse::respond(stream, chunks, running).await;
+    }
+    Ok(axum::Json(chat.collect(choices, stream, running).await?).into_response())
+}
+
+/// What a chat's answer is made with.
+pub(super) struct Chat {
+    pub(super) head: Head,
+    pub(super) texts: TokenTexts,
+    pub(super) n_prompt: u64,
+}
+
+/// The choices of a request, before their first token.
+pub(super) fn choices(card: &ModelCard, syntax: Syntax, stream: &TokenStream) -> Vec<ChatChoice> {
+    let template = card.template.as_ref().map_or("", |template| template.source());
+    let prompt = stream.prompt();
+    let end = card.tokenizer.decode(&prompt[prompt.len().saturating_sub(PROMPT_END_TOKENS)..], false);
+    stream.ids().iter().map(|_| ChatChoice::new(Splitter::new(syntax, template, &end))).collect()
+}
+
+impl Chat {
+    /// Reads a request to its end. If the client goes away meanwhile, this is dropped, and the stream with it.
+    async fn collect(
+        self,
+        choices: Vec<ChatChoice>,
+        mut stream: TokenStream,
+        mut running: Running,
+    ) -> Result<Value, ApiError> {
+        let mut choices: Vec<_> = choices.into_iter().map(|choice| (choice, Whole::default())).collect();
+        let mut usage = Usage { prompt: self.n_prompt, ..Usage::default() };
+        let mut deltas = Vec::new();
+        while let Some(event) = stream.next().await {
+            running.meter.event(&event);
+            match &event {
+                Event::Token(token) => {
+                    let (choice, whole) = &mut choices[token.choice as usize];
+                    choice.token(&token.text, &mut deltas);
+                    whole.message.add(&mut deltas);
+                    whole.logprobs.extend(self.texts.chat(token));
+                }
+                Event::End(end) => {
+                    let (choice, whole) = &mut choices[end.choice as usize];
+                    choice.finish(&end.text, &mut deltas);
+                    whole.message.add(&mut deltas);
+                    whole.finish_reason = choice.finish_reason(finish_reason(&end.outcome)?);
+                    whole.stop_reason = stop_reason(&end.outcome);
+                    usage.add(end);
+                    usage.reasoning += choice.reasoning_tokens;
+                }
+            }
+        }
+        let mut answer = self.head.json("chat.completion");
+        let shown = choices.into_iter().enumerate().map(|(index, (_, whole))| whole.json(index));
+        answer["choices"] = shown.collect();
+        answer["usage"] = usage.json();
+        Ok(answer)
+    }
+}
+
+/// A whole choice.
+#[derive(Default)]
+struct Whole {
+    message: MessageBuilder,
+    logprobs: Vec<Value>,
+    finish_reason: &'static str,
+    stop_reason: Value,
+}
+
+impl Whole {
+    fn json(self, index: usize) -> Value {
+        let logprobs = (!self.logprobs.is_empty()).then(|| json!({ "content": self.logprobs, "refusal": null }));
+        json!({
+            "index": index,
+            "message": self.message.json(),
+            "logprobs": logprobs,
+            "finish_reason": self.finish_reason,
+            "stop_reason": self.stop_reason,
+        })
+    }
+}
+
+/// What is asked of the house, and what the model will speak.
+pub(super) fn request(body: &mut ChatBody, card: &Arc<ModelCard>) -> Result<(ChatRequest, Syntax), ApiError> {
+    let template = card.template.as_ref().map_or("", |template| template.source());
+    let mut generate = GenerateRequest::text("");
+    body.sampling().apply(&mut generate)?;
+    generate.logprobs = match (body.logprobs.unwrap_or(false), body.top_logprobs) {
+        (true, top) => Some(top.unwrap_or(0)),
+        (false, None | Some(0)) => None,
+        (false, Some(_)) => return Err(ApiError::param("top_logprobs", "`top_logprobs` needs `logprobs: true`")),
+    };
+    if body.continue_final_message.unwrap_or(false) {
+        return Err(ApiError::not_supported("continue_final_message", "`continue_final_message` is not supported"));
+    }
+    let tools = tools(body, template)?;
+    let syntax = Syntax::of(template, tools.is_some());
+    if syntax.needs_control_tokens() {
+        generate.skip_special = false;
+        if generate.constraint.is_some() {
+            // The channels of its answers are text, too: no form but harmony's own would hold.
+            let message = "this model's answers have channels, which a `response_format` does not allow for";
+            return Err(ApiError::not_supported("response_format", message));
+        }
+    }
+    let mut kwargs = body.chat_template_kwargs.take().unwrap_or_default();
+    if let Some(effort) = body.reasoning_effort.take() {
+        kwargs.entry("reasoning_effort").or_insert(Value::String(effort));
+    }
+    let options = RenderOptions {
+        add_generation_prompt: body.add_generation_prompt.unwrap_or(true),
+        tools,
+        kwargs,
+        ..RenderOptions::default()
+    };
+    let messages = messages(std::mem::take(&mut body.messages), syntax)?;
+    Ok((ChatRequest { messages, options, generate }, syntax))
+}
+
+/// The conversation as templates read it.
+///
+/// # Errors
+/// A message that none could read, by its place in the list.
+pub(in crate::http) fn messages(list: Vec<Value>, syntax: Syntax) -> Result<Vec<Message>, ApiError> {
+    if list.is_empty() {
+        return Err(ApiError::param("messages", "`messages` is empty, expected at least 1"));
+    }
+    list.into_iter().enumerate().map(|(at, value)| message(at, value, syntax)).collect()
+}
+
+fn message(at: usize, mut value: Value, syntax: Syntax) -> Result<Message, ApiError> {
+    let wrong = |member: &str, why: String| Err(ApiError::param(&format!("messages[{at}]{member}"), why));
+    let Some(fields) = value.as_object_mut() else {
+        return wrong("", "a message is a JSON object".into());
+    };
+    match fields.get("content") {
+        None | Some(Value::Null | Value::String(_)) => {}
+        Some(Value::Array(parts)) => {
+            for (part_at, part) in parts.iter().enumerate() {
+                let kind = part.get("type").and_then(Value::as_str).unwrap_or("text");
+                let is_text = matches!(kind, "text" | "input_text" | "output_text")
+                    && part.get("text").is_some_and(Value::is_string);
+                if !is_text {
+                    let why = format!("a part of type `{}` is not supported; this model reads text", cut(kind));
+                    return wrong(&format!(".content[{part_at}]"), why);
+                }
+            }
+        }
+        Some(_) => return wrong(".content", "content is a text or a list of text parts".into()),
+    }
+    if let Some(Value::Array(parts)) = fields.get_mut("content") {
+        for part in parts {
+            part["type"] = "text".into();
+        }
+    }
+    if fields.get("role").and_then(Value::as_str) == Some("developer") && syntax != Syntax::Harmony {
+        fields.insert("role".into(), "system".into());
+    }
+    if syntax == Syntax::Harmony
+        && let Some(thoughts) = fields.remove("reasoning_content")
+    {
+        fields.insert("thinking".into(), thoughts);
+    }
+    Message::from_json(value).or_else(|error| wrong("", error.to_string()))
+}
+
+fn cut(text: &str) -> String {
+    text.chars().take(40).collect()
+}
+
+/// The tools that the template is given.
+fn tools(body: &mut ChatBody, template: &str) -> Result<Option<Vec<Value>>, ApiError> {
+    let tools = body.tools.take().filter(|tools| !tools.is_empty());
+    match body.tool_choice.take() {
+        None | Some(Value::Null) => {}
+        Some(Value::String(choice)) if choice == "auto" => {}
+        Some(Value::String(choice)) if choice == "none" => return Ok(None),
+        Some(Value::String(choice)) if choice == "required" => return Err(forced()),
+        Some(Value::Object(_)) => return Err(forced()),
+        Some(_) => return Err(ApiError::param("tool_choice", "`tool_choice` is `auto` or `none`")),
+    }
+    let Some(tools) = tools else { return Ok(None) };
+    for (at, tool) in tools.iter().enumerate() {
+        let function = tool.get("function").filter(|_| tool.get("type").is_none_or(|kind| kind == "function"));
+        let name = function.and_then(|function| function.get("name")).and_then(Value::as_str);
+        if name.is_none_or(str::is_empty) {
+            let message = "a tool is `{\"type\": \"function\", \"function\": {\"name\": ...}}`";
+            return Err(ApiError::param(&format!("tools[{at}]"), message));
+        }
+    }
+    if !Syntax::takes_tools(template) {
+        return Err(ApiError::not_supported("tools", "this model's chat template does not take tools"));
+    }
+    Ok(Some(tools))
+}
+
+fn forced() -> ApiError {
+    ApiError::not_supported("tool_choice", "a model cannot be forced to call a tool; `tool_choice` is `auto` or `none`")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_checked_by_their_place() {
+        let param = |list: Value| {
+            let list = list.as_array().expect("a list").clone();
+            let error = messages(list, Syntax::Plain).expect_err("it is wrong").json();
+            error["error"]["param"].as_str().expect("named").to_owned()
+        };
+        let user = json!({"role": "user", "content": "moon"});
+        assert_eq!(param(json!([])), "messages");
+        assert_eq!(param(json!([user, 3])), "messages[1]");
+        assert_eq!(param(json!([{"content": "moon"}])), "messages[0]");
+        assert_eq!(param(json!([{"role": "<|im_end|>", "content": "moon"}])), "messages[0]");
+        assert_eq!(param(json!([{"role": "user", "content": 3}])), "messages[0].content");
+        let image = json!({"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}});
+        assert_eq!(
+            param(json!([{"role": "user", "content": [{"type": "text", "text": "a"}, image]}])),
+            "messages[0].content[1]"
+        );
+    }
+
+    #[test]
+    fn roles_and_thoughts_are_written_as_the_template_reads_them() {
+        let one = |syntax| {
+            let list = vec![json!({"role": "developer", "content": "a", "reasoning_content": "b"})];
+            Value::from(messages(list, syntax).expect("fine").remove(0))
+        };
+        assert_eq!(one(Syntax::Plain)["role"], "system");
+        let harmony = one(Syntax::Harmony);
+        assert_eq!((&harmony["role"], &harmony["thinking"]), (&json!("developer"), &json!("b")));
+    }
+}

@@ -1,0 +1,180 @@
+//! One choice of a chat while it grows: its text is taken apart into reasoning, answer and calls.
+
+use super::super::id;
+use super::super::output::{Piece, Splitter};
+use serde_json::{Value, json};
+
+/// What a piece of text adds to a choice, in the API's terms.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Delta {
+    Content(String),
+    Reasoning(String),
+    /// A call begins.
+    Call {
+        index: usize,
+        id: String,
+        name: String,
+    },
+    /// Its arguments.
+    Arguments {
+        index: usize,
+        text: String,
+    },
+}
+
+impl Delta {
+    /// The delta object of a chunk, without its braces.
+    pub(super) fn write(&self, out: &mut Vec<u8>) {
+        use super::super::sse::json as put;
+        match self {
+            Self::Content(text) => {
+                out.extend_from_slice(b"\"content\":");
+                put(out, text);
+            }
+            Self::Reasoning(text) => {
+                out.extend_from_slice(b"\"reasoning_content\":");
+                put(out, text);
+            }
+            Self::Call { index, id, name } => {
+                out.extend_from_slice(b"\"tool_calls\":");
+                let function = json!({ "name": name, "arguments": "" });
+                put(out, &json!([{ "index": index, "id": id, "type": "function", "function": function }]));
+            }
+            Self::Arguments { index, text } => {
+                out.extend_from_slice(b"\"tool_calls\":");
+                put(out, &json!([{ "index": index, "function": { "arguments": text } }]));
+            }
+        }
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct ChatChoice {
+    splitter: Splitter,
+    pieces: Vec<Piece>,
+    n_calls: usize,
+    is_reasoning: bool,
+    /// Tokens of reasoning so far.
+    pub(super) reasoning_tokens: u64,
+}
+
+impl ChatChoice {
+    pub(super) fn new(splitter: Splitter) -> Self {
+        Self { splitter, pieces: Vec::new(), n_calls: 0, is_reasoning: false, reasoning_tokens: 0 }
+    }
+
+    /// What one token's text adds.
+    pub(super) fn token(&mut self, text: &str, deltas: &mut Vec<Delta>) {
+        self.splitter.push(text, &mut self.pieces);
+        self.take(deltas);
+        self.reasoning_tokens += u64::from(self.is_reasoning);
+    }
+
+    /// What the end adds: its last text, and all that was held back.
+    pub(super) fn finish(&mut self, text: &str, deltas: &mut Vec<Delta>) {
+        self.splitter.push(text, &mut self.pieces);
+        self.splitter.finish(&mut self.pieces);
+        self.take(deltas);
+    }
+
+    /// How it ended, given how its text ended.
+    pub(super) fn finish_reason(&self, reason: &'static str) -> &'static str {
+        if reason == "stop" && self.n_calls > 0 { "tool_calls" } else { reason }
+    }
+
+    fn take(&mut self, deltas: &mut Vec<Delta>) {
+        for piece in self.pieces.drain(..) {
+            self.is_reasoning = matches!(piece, Piece::Reasoning(_));
+            deltas.push(match piece {
+                Piece::Content(text) => Delta::Content(text),
+                Piece::Reasoning(text) => Delta::Reasoning(text),
+                Piece::Call(name) => {
+                    self.n_calls += 1;
+                    Delta::Call { index: self.n_calls - 1, id: id::new("call_"), name }
+                }
+                Piece::Arguments(text) => Delta::Arguments { index: self.n_calls.saturating_sub(1), text },
+            });
+        }
+    }
+}
+
+/// The message that the deltas of a choice make.
+#[derive(Debug, Default)]
+pub(super) struct MessageBuilder {
+    content: String,
+    reasoning: String,
+    calls: Vec<(String, String, String)>,
+}
+
+impl MessageBuilder {
+    pub(super) fn add(&mut self, deltas: &mut Vec<Delta>) {
+        for delta in deltas.drain(..) {
+            match delta {
+                Delta::Content(text) => self.content.push_str(&text),
+                Delta::Reasoning(text) => self.reasoning.push_str(&text),
+                Delta::Call { id, name, .. } => self.calls.push((id, name, String::new())),
+                Delta::Arguments { text, .. } => {
+                    if let Some((_, _, arguments)) = self.calls.last_mut() {
+                        arguments.push_str(&text);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The `message` of a choice.
+    pub(super) fn json(self) -> Value {
+        let has_calls = !self.calls.is_empty();
+        let content = (!self.content.is_empty() || !has_calls).then_some(self.content);
+        let mut message = json!({ "role": "assistant", "content": content, "refusal": null });
+        if !self.reasoning.is_empty() {
+            message["reasoning_content"] = self.reasoning.into();
+        }
+        if has_calls {
+            let call = |(id, name, arguments): (String, String, String)| json!({ "id": id, "type": "function", "function": { "name": name, "arguments": arguments } });
+            message["tool_calls"] = self.calls.into_iter().map(call).collect();
+        }
+        message
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::output::Syntax;
+    use super::*;
+
+    #[test]
+    fn a_call_ends_a_choice_as_a_call() {
+        let mut choice = ChatChoice::new(Splitter::new(Syntax::Tagged, "", ""));
+        let (mut deltas, mut message) = (Vec::new(), MessageBuilder::default());
+        for text in ["Wait.\n<tool", "_call>{\"name\": \"f\", ", "\"arguments\": {\"a\": 1}}"] {
+            choice.token(text, &mut deltas);
+            message.add(&mut deltas);
+        }
+        choice.finish("</tool_call>", &mut deltas);
+        message.add(&mut deltas);
+        assert_eq!((choice.finish_reason("stop"), choice.finish_reason("length")), ("tool_calls", "length"));
+        let message = message.json();
+        assert_eq!(message["content"], "Wait.");
+        assert_eq!(message["tool_calls"][0]["function"]["arguments"], "{\"a\":1}");
+        assert!(message["tool_calls"][0]["id"].as_str().is_some_and(|id| id.starts_with("call_")));
+    }
+
+    #[test]
+    fn thoughts_are_counted_and_kept_apart() {
+        let mut choice = ChatChoice::new(Splitter::new(Syntax::Harmony, "", ""));
+        let (mut deltas, mut message) = (Vec::new(), MessageBuilder::default());
+        for text in ["<|channel|>", "analysis", "<|message|>", "a", " moon", "<|end|>", "<|start|>", "assistant"] {
+            choice.token(text, &mut deltas);
+        }
+        for text in ["<|channel|>", "final", "<|message|>", "moon", "<|return|>"] {
+            choice.token(text, &mut deltas);
+        }
+        choice.finish("", &mut deltas);
+        message.add(&mut deltas);
+        let message = message.json();
+        assert_eq!((&message["content"], &message["reasoning_content"]), (&json!("moon"), &json!("a moon")));
+        assert!(choice.reasoning_tokens >= 2);
+    }
+}

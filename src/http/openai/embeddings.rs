@@ -1,0 +1,67 @@
+//! `POST /v1/embeddings`: texts as vectors.
+
+use super::super::App;
+use super::super::body::Json;
+use super::super::error::ApiError;
+use super::request::PromptField;
+use crate::client::{Prompt, limits};
+use axum::extract::State;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+/// Texts of one request.
+const TEXTS_MAX: u64 = 32;
+
+/// The body.
+#[derive(Debug, Deserialize)]
+pub(in crate::http) struct EmbeddingBody {
+    model: String,
+    input: PromptField,
+    encoding_format: Option<Encoding>,
+    dimensions: Option<u32>,
+    #[serde(rename = "user")]
+    _user: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Encoding {
+    Float,
+    Base64,
+}
+
+/// The endpoint.
+pub(in crate::http) async fn embeddings(
+    State(app): State<App>,
+    Json(body): Json<EmbeddingBody>,
+) -> Result<axum::Json<Value>, ApiError> {
+    let handle = app.client.model(&body.model)?;
+    if body.dimensions.is_some() {
+        return Err(ApiError::not_supported(
+            "dimensions",
+            "`dimensions` is not supported: the vector is the model's own",
+        ));
+    }
+    let prompts: Vec<Prompt> = match body.input {
+        PromptField::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
+        PromptField::Tokens(lists) => lists.into_iter().map(Prompt::Tokens).collect(),
+    };
+    limits::at_most("input", prompts.len() as u64, 1, TEXTS_MAX)?;
+    let (mut data, mut n_tokens) = (Vec::new(), 0);
+    for (index, prompt) in prompts.into_iter().enumerate() {
+        let embedding = handle.embed(prompt).await?;
+        n_tokens += u64::from(embedding.prompt_tokens);
+        let shown = match body.encoding_format.unwrap_or(Encoding::Float) {
+            Encoding::Float => json!(embedding.values),
+            Encoding::Base64 => {
+                let bytes: Vec<u8> = embedding.values.iter().flat_map(|value| value.to_le_bytes()).collect();
+                STANDARD.encode(bytes).into()
+            }
+        };
+        data.push(json!({ "object": "embedding", "index": index, "embedding": shown }));
+    }
+    let usage = json!({ "prompt_tokens": n_tokens, "total_tokens": n_tokens });
+    Ok(axum::Json(json!({ "object": "list", "data": data, "model": handle.card().name, "usage": usage })))
+}

@@ -1,0 +1,257 @@
+//! Takes connections and drives them: HTTP/1 and HTTP/2 on the same port, each connection with its deadlines.
+//!
+//! axum's own `serve` has no timer, so that hyper's header timeout is off, no cap on connections and no deadline for
+//! writes. Here a connection is cut when its headers, its next request, or room for its next byte do not come in time;
+//! and when all places are taken the one that has waited longest without a request makes room, so that idle
+//! connections, however many, cannot keep a client out.
+
+mod door;
+mod io;
+mod tls;
+
+use super::error::ServeError;
+use super::{App, guard, routes};
+use axum::body::Body;
+use axum::http::Request;
+use door::{Conn, Door};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use io::GuardedIo;
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt as _;
+
+/// Who is at the other end of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Peer {
+    /// Somebody on the network.
+    Tcp(SocketAddr),
+    /// Somebody on this machine whom the socket file's permissions let through.
+    Unix,
+}
+
+/// Bytes of the headers of an HTTP/2 request.
+const H2_HEADERS_MAX: u32 = 16 << 10;
+/// Bytes buffered for reading an HTTP/1 connection: also the most that headers may have.
+const H1_BUFFER_MAX: usize = 64 << 10;
+/// Header lines of a request.
+const HEADERS_MAX: usize = 64;
+/// Bytes of an answer that HTTP/2 may hold back for a slow reader.
+const H2_SEND_BUFFER: usize = 64 << 10;
+/// Bytes that an HTTP/2 client may send ahead, per request and per connection.
+const H2_WINDOWS: (u32, u32) = (256 << 10, 1 << 20);
+/// Requests that an HTTP/2 client may open and reset before they were looked at (CVE-2023-44487).
+const H2_RESETS_MAX: usize = 20;
+/// Bytes that the kernel holds for a reader that takes nothing. Left alone it would hold megabytes, for each of them.
+const SEND_BUFFER: usize = 128 << 10;
+/// For clients that come when every place is taken by a request in flight.
+const FULL: &[u8] =
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+/// After a failed `accept` (no descriptors left, usually) the next one is tried this much later.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves TCP until `stop`.
+pub(super) async fn serve_tcp(app: App, listener: TcpListener, stop: CancellationToken) -> Result<(), ServeError> {
+    let address = listener.local_addr()?;
+    check_exposure(&app, address)?;
+    let tls = app.settings.tls.clone().map(tls::Tls::open).transpose()?;
+    let watch = tls.clone().map(|tls| tokio::spawn(tls.watch(stop.clone())));
+    let server = Server::new(app, stop.clone());
+    let mut tasks = JoinSet::new();
+    loop {
+        let (socket, peer) = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            Some(_) = tasks.join_next(), if !tasks.is_empty() => continue,
+            accepted = listener.accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => { pause_after(&error).await; continue }
+            },
+        };
+        // Tokens are small and each is wanted at once.
+        let _ = socket.set_nodelay(true);
+        let _ = rustix::net::sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER);
+        let Some(conn) = server.door.enter() else {
+            if tls.is_none() {
+                // A courtesy: whoever cannot take it at once does not get it.
+                let _ = socket.try_write(FULL);
+            }
+            continue;
+        };
+        let (server, tls) = (server.clone(), tls.clone());
+        tasks.spawn(async move {
+            let io = GuardedIo::new(socket, conn.clone(), server.app.settings.limits.client_timeout);
+            match tls {
+                None => server.drive(io, conn, Peer::Tcp(peer)).await,
+                Some(tls) => {
+                    let patience = server.app.settings.limits.header_timeout;
+                    let handshake = tokio::time::timeout(patience, tls.accept(io));
+                    let evicted = conn.evicted();
+                    let io = tokio::select! { io = handshake => io, () = evicted => return };
+                    if let Ok(Ok(io)) = io {
+                        server.drive(io, conn, Peer::Tcp(peer)).await;
+                    }
+                }
+            }
+        });
+    }
+    drop(listener);
+    server.drain(tasks).await;
+    if let Some(watch) = watch {
+        watch.abort();
+    }
+    Ok(())
+}
+
+/// Serves a Unix socket until `stop`.
+pub(super) async fn serve_unix(app: App, listener: UnixListener, stop: CancellationToken) -> Result<(), ServeError> {
+    let server = Server::new(app, stop.clone());
+    let mut tasks = JoinSet::new();
+    loop {
+        let socket = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            Some(_) = tasks.join_next(), if !tasks.is_empty() => continue,
+            accepted = listener.accept() => match accepted {
+                Ok((socket, _)) => socket,
+                Err(error) => { pause_after(&error).await; continue }
+            },
+        };
+        let Some(conn) = server.door.enter() else { continue };
+        let server = server.clone();
+        tasks.spawn(async move {
+            let io = GuardedIo::new(socket, conn.clone(), server.app.settings.limits.client_timeout);
+            server.drive(io, conn, Peer::Unix).await;
+        });
+    }
+    server.drain(tasks).await;
+    Ok(())
+}
+
+fn check_exposure(app: &App, address: SocketAddr) -> Result<(), ServeError> {
+    let settings = &app.settings;
+    if address.ip().is_loopback() || settings.insecure {
+        return Ok(());
+    }
+    let missing = match (settings.api_keys.is_empty(), settings.tls.is_none()) {
+        (true, true) => "are neither API keys nor a certificate",
+        (true, false) => "are no API keys",
+        (false, true) => "is no certificate",
+        (false, false) => return Ok(()),
+    };
+    Err(ServeError::Exposed { address, missing })
+}
+
+async fn pause_after(error: &std::io::Error) {
+    tracing::warn!(%error, "a connection could not be taken");
+    tokio::time::sleep(ACCEPT_PAUSE).await;
+}
+
+#[derive(Clone)]
+struct Server {
+    app: App,
+    router: axum::Router,
+    door: Arc<Door>,
+    http: Arc<auto::Builder<TokioExecutor>>,
+    stop: CancellationToken,
+}
+
+impl Server {
+    fn new(app: App, stop: CancellationToken) -> Self {
+        let door = Arc::new(Door::new(app.settings.limits.connections));
+        let http = Arc::new(builder(&app));
+        Self { router: routes::router(&app), app, door, http, stop }
+    }
+
+    /// Drives one connection to its end.
+    async fn drive<S>(self, io: S, conn: Arc<Conn>, peer: Peer)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let router = self.router.clone();
+        let tracked = conn.clone();
+        let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+            let in_flight = tracked.begin(request.version() == axum::http::Version::HTTP_2);
+            let mut request = request.map(Body::new);
+            request.extensions_mut().insert(peer);
+            let router = router.clone();
+            async move {
+                let response = router.oneshot(request).await.unwrap_or_else(|never: Infallible| match never {});
+                Ok::<_, Infallible>(response.map(|body| in_flight.carry(body)))
+            }
+        });
+        let connection = self.http.serve_connection(TokioIo::new(io), service);
+        tokio::pin!(connection);
+        let limits = &self.app.settings.limits;
+        let (mut stopping, mut next_look) = (false, Instant::now() + limits.header_timeout);
+        loop {
+            tokio::select! {
+                ended = connection.as_mut() => {
+                    if let Err(error) = ended {
+                        tracing::debug!(%error, "a connection ended early");
+                    }
+                    return;
+                }
+                () = conn.evicted() => return,
+                () = self.stop.cancelled(), if !stopping => {
+                    stopping = true;
+                    connection.as_mut().graceful_shutdown();
+                }
+                () = tokio::time::sleep_until(next_look) => match conn.overdue(limits) {
+                    None => {
+                        tracing::debug!("a connection was cut: nothing came, or nothing was taken, in time");
+                        return;
+                    }
+                    Some(at) => next_look = at,
+                },
+            }
+        }
+    }
+
+    async fn drain(self, mut tasks: JoinSet<()>) {
+        let all = async { while tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(self.app.settings.drain, all).await.is_err() {
+            tracing::warn!("connections were cut because they did not end in time");
+        }
+    }
+}
+
+fn builder(app: &App) -> auto::Builder<TokioExecutor> {
+    let limits = &app.settings.limits;
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        // hyper starts this clock when it begins to wait, not with the first byte. `Conn` knows the difference and cuts
+        // slow headers sooner; this one stands behind it.
+        .header_read_timeout(limits.idle_timeout.max(limits.header_timeout))
+        .max_headers(HEADERS_MAX)
+        .max_buf_size(H1_BUFFER_MAX)
+        .half_close(false);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(app.settings.h2_streams)
+        .max_header_list_size(H2_HEADERS_MAX)
+        .max_pending_accept_reset_streams(H2_RESETS_MAX)
+        .max_local_error_reset_streams(H2_RESETS_MAX)
+        .max_send_buf_size(H2_SEND_BUFFER)
+        .initial_stream_window_size(H2_WINDOWS.0)
+        .initial_connection_window_size(H2_WINDOWS.1)
+        .keep_alive_interval(limits.client_timeout)
+        .keep_alive_timeout(limits.header_timeout);
+    builder
+}
+
+/// The router with everything that stands in front of it.
+pub(super) fn layered(app: &App, router: axum::Router) -> axum::Router {
+    router.layer(axum::middleware::from_fn_with_state(app.clone(), guard::outermost))
+}
