@@ -70,6 +70,9 @@ DEVICE uint32_t load_stream(const uint32_t *p) {
     return v;
 }
 
+// Asks for the line of `p` to be near when it is read.
+DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
+
 // d += a b for a 16 x 8 tile over 16 k (PTX ISA, mma.m16n8k16). Lane 4g + t holds of a the rows g and g + 8 at k = 2t,
 // 2t + 1, 2t + 8, 2t + 9, of b column g at the same k, of d rows g and g + 8 at columns 2t, 2t + 1.
 DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

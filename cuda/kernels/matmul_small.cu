@@ -51,6 +51,18 @@ DEVICE void stage_x(half *xs, const MatmulArgs &args, const half *x, int thread,
     __syncthreads();
 }
 
+// What does not depend on the predecessor and is read after it: the norm's weights, and the biases of the first stripe.
+DEVICE void prefetch_constants(const MatmulArgs &args, int mat, int thread, int n_threads) {
+    if (args.x_full != nullptr) {
+        for (int c = thread * 32; c < args.n_cols; c += n_threads * 32) prefetch(args.norm_weight + c);
+    }
+    const int rows = args.epilogue == GATED_F16 ? TILE_ROWS / 2 : TILE_ROWS;
+    const int first = min(static_cast<int>(blockIdx.x) * rows, args.n_rows - 1);
+    const size_t at = static_cast<size_t>(mat) * args.n_rows + first;
+    if (thread == 0 && args.bias != nullptr) prefetch(args.bias + at);
+    if (thread == 0 && args.bias_up != nullptr) prefetch(args.bias_up + at);
+}
+
 // Adds the chunks of a stripe and writes its rows. A thread has a cell at a time.
 DEVICE void finish_stripe(const MatmulArgs &args, const float (*partial)[TILE_ROWS * 8], int mat, int stripe, int job) {
     const int n_chunks = blockDim.y, first = threadIdx.y * WARP + threadIdx.x, step = n_chunks * WARP;
@@ -90,7 +102,11 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
     for (int d = 0; d < DEPTH; d++) {
         if (begin + d < end) load_tile(raw[d], args.w, mat_tiles + static_cast<size_t>(blockIdx.x) * args.n_tiles + begin + d, lane);
     }
+    prefetch_constants(args, mat, warp * WARP + lane, blockDim.y * WARP);
     wait_for_predecessor();
+    if (args.epilogue == ADD_F32 && warp == 0 && lane < args.n && blockIdx.x * TILE_ROWS < args.n_rows) {
+        prefetch(static_cast<const float *>(args.y) + static_cast<size_t>(lane) * args.y_stride + blockIdx.x * TILE_ROWS);
+    }
     half *xs = reinterpret_cast<half *>(shared);
     if (STAGED) stage_x(xs, args, x, warp * WARP + lane, blockDim.y * WARP);
     const int column = lane / 4;
