@@ -11,7 +11,7 @@
 
 // Tiles in flight per warp: enough bytes to cover the latency of memory, few enough registers for 16 warps an SM.
 template <int KIND> __host__ __device__ constexpr int depth() {
-    return KIND == Q4 || KIND == MX4 ? 8 : 4;
+    return KIND == F16 ? 2 : KIND == Q4 || KIND == MX4 ? 8 : 4;
 }
 
 // x in shared memory: per tile of 64 k the 16 values of lane t = 0..3 of a fragment one after another, so that a lane takes them
@@ -109,13 +109,12 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
     }
     half *xs = reinterpret_cast<half *>(shared);
     if (STAGED) stage_x(xs, args, x, warp * WARP + lane, blockDim.y * WARP);
-    const int column = lane / 4;
-    const bool live = column < args.n;
+    // Columns that there are not repeat the first: their sums are not written.
+    const int column = lane / 4 < args.n ? lane / 4 : 0;
     const half *x_lane = STAGED ? xs + column * shared_stride(args.n_tiles) + 16 * (lane % 4)
                                 : x + static_cast<size_t>(column) * args.x_stride + 2 * (lane % 4);
 
     int turn = 0;
-    uint32_t b[8] = {}; // stays zero in lanes of columns that there are not
     for (int stripe = blockIdx.x; stripe < args.n_stripes; stripe += gridDim.x) {
         const size_t here = mat_tiles + static_cast<size_t>(stripe) * args.n_tiles;
         float acc[4] = {};
@@ -129,16 +128,15 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
             for (int d = 0; d < DEPTH; d++) {
                 const int tile = tile0 + d;
                 if (tile < end) {
-                    if (live) {
-                        if constexpr (STAGED) {
-                            const uint4 *own = reinterpret_cast<const uint4 *>(x_lane + tile * TILE_K);
-                            const uint4 low = own[0], high = own[1];
-                            b[0] = low.x, b[1] = low.y, b[2] = low.z, b[3] = low.w;
-                            b[4] = high.x, b[5] = high.y, b[6] = high.z, b[7] = high.w;
-                        } else {
+                    uint32_t b[8];
+                    if constexpr (STAGED) {
+                        const uint4 *own = reinterpret_cast<const uint4 *>(x_lane + tile * TILE_K);
+                        const uint4 low = own[0], high = own[1];
+                        b[0] = low.x, b[1] = low.y, b[2] = low.z, b[3] = low.w;
+                        b[4] = high.x, b[5] = high.y, b[6] = high.z, b[7] = high.w;
+                    } else {
 #pragma unroll
-                            for (int i = 0; i < 8; i++) b[i] = *reinterpret_cast<const uint32_t *>(x_lane + tile * TILE_K + 8 * i);
-                        }
+                        for (int i = 0; i < 8; i++) b[i] = *reinterpret_cast<const uint32_t *>(x_lane + tile * TILE_K + 8 * i);
                     }
 #pragma unroll
                     for (int s = 0; s < 4; s++) {

@@ -1,23 +1,30 @@
 // Routing of a mixture of experts: which experts a token uses and with what weight, and how tokens are grouped by expert.
 // Reference: backend/cpu/moe.rs. All sums and orders depend on the token alone.
-#include "norm.cuh"
+#include "common.cuh"
 
 constexpr int MAX_EXPERTS = 256;
 
 // Chooses the n_used experts of the highest logits (ties: the lower index) and weighs them by a softmax over the chosen.
-// A warp has a token; `logits` [n_experts] f32, experts and weights [n_used] in descending order of logit.
-DEVICE void choose(int *experts, float *weights, const float *logits, int n_experts, int n_used, int lane) {
+// logits [n, n_experts] f32   experts [n, n_used] i32, weights [n, n_used] f32, both in descending order of logit
+// Grid n, block 32: a warp a token, n_experts <= 256.   Bound by: latency.
+extern "C" __global__ void __launch_bounds__(32)
+    moe_route(int *experts, float *weights, const float *logits, int n_experts, int n_used) {
+    wait_for_predecessor();
+    const int lane = threadIdx.x;
+    const float *in = logits + static_cast<size_t>(blockIdx.x) * n_experts;
     float own[MAX_EXPERTS / WARP];
     for (int i = 0; i < MAX_EXPERTS / WARP; i++) {
         const int e = lane + WARP * i;
-        own[i] = e < n_experts ? logits[e] : -INFINITY;
+        own[i] = e < n_experts && in[e] > -INFINITY ? in[e] : -INFINITY; // NaN ranks last: an expert must exist
     }
+    unsigned taken = 0; // bit i: own[i] was chosen
     float chosen = 0.0f, top = 0.0f, sum = 0.0f;
     for (int k = 0; k < n_used; k++) {
         float best = -INFINITY;
         int at = MAX_EXPERTS;
         for (int i = 0; i < MAX_EXPERTS / WARP; i++) {
-            if (own[i] > best) best = own[i], at = lane + WARP * i;
+            const int e = lane + WARP * i;
+            if (e < n_experts && !(taken >> i & 1) && (own[i] > best || at == MAX_EXPERTS)) best = own[i], at = e;
         }
         for (int offset = 16; offset > 0; offset >>= 1) {
             const float other = __shfl_xor_sync(0xffffffffu, best, offset);
@@ -26,58 +33,15 @@ DEVICE void choose(int *experts, float *weights, const float *logits, int n_expe
         }
         at = min(at, n_experts - 1); // logits that are no numbers choose some expert, not memory that is none
         for (int i = 0; i < MAX_EXPERTS / WARP; i++) {
-            if (lane + WARP * i == at) own[i] = -INFINITY;
+            if (lane + WARP * i == at) taken |= 1u << i;
         }
         if (k == 0) top = best;
         const float w = exp_f32(best - top);
         sum += w;
         if (lane == k) chosen = w;
-        if (lane == 0) experts[k] = at;
+        if (lane == 0) experts[static_cast<size_t>(blockIdx.x) * n_used + k] = at;
     }
-    if (lane < n_used) weights[lane] = chosen / sum;
-}
-
-// The choice from logits [n, n_experts].   Grid n, block 32, n_experts <= 256.   Bound by: latency.
-extern "C" __global__ void __launch_bounds__(32)
-    moe_route(int *experts, float *weights, const float *logits, int n_experts, int n_used) {
-    wait_for_predecessor();
-    const size_t token = blockIdx.x;
-    choose(experts + token * n_used, weights + token * n_used, logits + token * n_experts, n_experts, n_used, threadIdx.x);
-}
-
-// Normalises x, keeps it in f16 for the experts' products, and chooses experts from a router in f32: scores that all but tie
-// are not rounded to f16 first.
-// x [n, n_cols] f32   norm [n_cols]   y [n, y_stride] f16, zero from n_cols on, the bits of rms_norm
-// router [n_experts, n_cols] f32, bias [n_experts] or null   Grid n, block 256, shared n_cols f32.   Bound by: reading the router.
-extern "C" __global__ void __launch_bounds__(NORM_LANES)
-    moe_begin(int *experts, float *weights, half *y, const float *x, const float *norm, const float *router, const float *bias,
-              int n_cols, int y_stride, int n_experts, int n_used, float eps) {
-    extern __shared__ float row[];
-    __shared__ float partial[NORM_WARPS], scores[MAX_EXPERTS];
-    wait_for_predecessor();
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const size_t token = blockIdx.x;
-    const float *in = x + token * n_cols;
-    half *out = y + token * y_stride;
-    sum_squares(partial, in, n_cols, warp, lane);
-    __syncthreads();
-    const float inverse = inverse_rms(partial, n_cols, eps, lane);
-    for (int c = threadIdx.x; c < y_stride; c += NORM_LANES) {
-        const float v = c < n_cols ? in[c] * inverse * norm[c] : 0.0f;
-        if (c < n_cols) row[c] = v;
-        out[c] = to_half(v);
-    }
-    __syncthreads();
-    for (int e = warp; e < n_experts; e += NORM_WARPS) {
-        const float *w = router + static_cast<size_t>(e) * n_cols;
-        float sum = 0.0f;
-#pragma unroll 8
-        for (int c = lane; c < n_cols; c += WARP) sum = __fmaf_rn(w[c], row[c], sum);
-        sum = warp_sum(sum);
-        if (lane == 0) scores[e] = sum + (bias == nullptr ? 0.0f : bias[e]);
-    }
-    __syncthreads();
-    if (warp == 0) choose(experts + token * n_used, weights + token * n_used, scores, n_experts, n_used, lane);
+    if (lane < n_used) weights[static_cast<size_t>(blockIdx.x) * n_used + lane] = chosen / sum;
 }
 
 // Groups the (token, k) pairs by expert, each expert's group padded to whole column tiles, pairs in ascending order.

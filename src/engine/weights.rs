@@ -103,8 +103,9 @@ fn products(spec: &ModelSpec) -> Vec<&TensorRule> {
         all.extend([&a.q, &a.k, &a.v, &a.output].map(|linear| &linear.weight));
         match &layer.ffn {
             Ffn::Gated { gate, up, down, .. } => all.extend([gate, up, down].map(|linear| &linear.weight)),
-            // A router is small and its scores decide: it is kept as values, unrounded.
-            Ffn::Moe { gate, up, down, .. } => all.extend([gate, up, down].map(|linear| &linear.weight)),
+            Ffn::Moe { router, gate, up, down, .. } => {
+                all.extend([router, gate, up, down].map(|linear| &linear.weight));
+            }
         }
     }
     all

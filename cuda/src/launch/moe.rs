@@ -1,14 +1,11 @@
 //! Mixture of experts around the products: choice of experts, grouping of choices by expert, weighted sum.
 
-use super::matrix::HalfRows;
 use crate::arena::Buffer;
 use crate::error::CudaError;
 use crate::kernels::{Args, Kernels, Launch};
 
 /// Most experts that the kernels take. Mirrors `MAX_EXPERTS`.
 pub const MAX_EXPERTS: usize = 256;
-/// Most bytes of a row that [`Choices::begin`] keeps in shared memory.
-const MAX_ROW_BYTES: u32 = 64 << 10;
 /// Most experts per token: a lane of a warp holds each.
 pub const MAX_USED: usize = 32;
 
@@ -40,23 +37,6 @@ pub struct Groups {
     pub tile: usize,
 }
 
-/// Arguments of [`Choices::begin`].
-#[derive(Debug, Clone)]
-pub struct Begin<'a> {
-    /// f32 `[n, n_cols]`.
-    pub x: &'a Buffer<f32>,
-    /// f32 `[n_cols]`.
-    pub norm: &'a Buffer<f32>,
-    /// Added to the mean square.
-    pub eps: f32,
-    /// f32 `[n_experts, n_cols]`.
-    pub router: &'a Buffer<f32>,
-    /// f32 `[n_experts]`.
-    pub bias: Option<&'a Buffer<f32>>,
-    /// f16 `[n, stride]`: the normalised rows.
-    pub y: &'a HalfRows,
-}
-
 /// Tiles that hold `n_tokens * n_used` choices of `n_experts` however they fall.
 pub fn max_tiles(n_tokens: usize, n_used: usize, n_experts: usize, tile: usize) -> usize {
     let n_pairs = n_tokens * n_used;
@@ -82,41 +62,6 @@ impl Choices {
             .with(self.n_used as i32);
         // SAFETY: the arguments are the kernel's parameters in order; the checks held the buffers against the shapes.
         unsafe { kernels.get("moe", "moe_route", 0)?.launch(kernels.gpu(), overlapping((n, 1), 32), args) }
-    }
-
-    /// Enqueues, for `n` tokens, the normalisation of their rows and the choice of experts from an f32 router.
-    ///
-    /// # Errors
-    /// [`CudaError::Contract`]; a failed launch.
-    pub fn begin(&self, kernels: &Kernels, op: &Begin<'_>, n: usize) -> Result<(), CudaError> {
-        self.check(n)?;
-        let n_cols = op.norm.len();
-        if n_cols == 0 || n_cols * 4 > MAX_ROW_BYTES as usize || op.router.len() != self.n_experts * n_cols {
-            let expected = format!("{} rows of 1 to {} columns", self.n_experts, MAX_ROW_BYTES / 4);
-            return Err(contract("router", expected, format!("{} of {n_cols}", op.router.len())));
-        }
-        let bias_fits = op.bias.is_none_or(|bias| bias.len() == self.n_experts);
-        if op.x.len() < n * n_cols || op.y.stride < n_cols || op.y.data.len() < n * op.y.stride || !bias_fits {
-            let found = format!("{} elements, {} in rows of {}", op.x.len(), op.y.data.len(), op.y.stride);
-            return Err(contract("rows", format!("{n} of {n_cols}"), found));
-        }
-        let args = Args::new()
-            .with(self.experts.ptr())
-            .with(self.weights.ptr())
-            .with(op.y.data.ptr())
-            .with(op.x.ptr())
-            .with(op.norm.ptr())
-            .with(op.router.ptr())
-            .with(op.bias.map_or(0, Buffer::ptr))
-            .with(n_cols as i32)
-            .with(op.y.stride as i32)
-            .with(self.n_experts as i32)
-            .with(self.n_used as i32)
-            .with(op.eps);
-        let mut launch = overlapping((n, 1), 256);
-        launch.shared_bytes = 4 * n_cols as u32;
-        // SAFETY: the arguments are the kernel's parameters in order; the checks held the buffers against the shapes.
-        unsafe { kernels.get("moe", "moe_begin", MAX_ROW_BYTES)?.launch(kernels.gpu(), launch, args) }
     }
 
     /// Enqueues the grouping of `n` tokens' choices into `groups`.

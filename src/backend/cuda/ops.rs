@@ -11,7 +11,7 @@ use playhouse_cuda::launch::embed::embed;
 use playhouse_cuda::launch::gate::gate_up;
 use playhouse_cuda::launch::matmul::{Experts, Gate, NormInput, Output, Product, Rows};
 use playhouse_cuda::launch::matrix::{HalfRows, Matrix};
-use playhouse_cuda::launch::moe::{Begin, Groups};
+use playhouse_cuda::launch::moe::Groups;
 use playhouse_cuda::launch::norm::{self, RmsNorm};
 use std::sync::Arc;
 
@@ -151,18 +151,14 @@ impl CudaBackend {
         let MoeWeighting::SoftmaxOfChosen = op.weighting;
         let n = self.n_tokens();
         let sizes = (op.n_experts, op.n_used);
-        let n_cols = op.norm.weight.values.as_ref().map_or(0, |v| v.own.len());
-        let normed = self.work.normed(n, n_cols)?;
+        let normed = self.normed_rows(&mut Normed::new(&op.norm, x), n)?;
+        let scores = self.work.scores.get(&self.work.arena, n * op.n_experts)?;
+        let router = op.router.weight.matrix();
+        let bias = op.router.bias.map(|b| b.vector(op.n_experts));
+        let stored = Rows { data: scores.clone(), stride: op.n_experts };
+        self.product(router, &normed, n, bias, Experts::One, Output::Store(stored))?;
         let choices = self.work.choices(n, op.n_experts, op.n_used)?;
-        let begin = Begin {
-            x: &x.full(n_cols)?.data,
-            norm: op.norm.weight.vector(n_cols),
-            eps: op.norm.eps,
-            router: op.router.weight.vector(op.n_experts * n_cols),
-            bias: op.router.bias.map(|b| b.vector(op.n_experts)),
-            y: &normed,
-        };
-        choices.begin(&self.kernels, &begin, n)?;
+        choices.route(&self.kernels, &scores, n)?;
 
         let (n_rows, n_tiles) = expert_rows(n, sizes);
         let groups = match expert_tile(n, sizes) {

@@ -117,6 +117,8 @@ pub(super) struct WorkSizes {
     pub(super) attention: usize,
     /// f32: gate and up where they are not one matrix.
     pub(super) gates: usize,
+    /// f32: router logits.
+    pub(super) scores: usize,
     /// i32 and f32: choices.
     pub(super) choices: usize,
     /// i32: tiles of experts.
@@ -153,6 +155,7 @@ impl WorkSizes {
         };
         let mut gate_rows = if shape.has_gated { t } else { 0 };
         if let Some(experts) = shape.moe {
+            sizes.scores = t * experts.0;
             sizes.choices = t * experts.1;
             // The tile grows with the step, so an earlier step may need more rows than the largest.
             let largest =
@@ -178,6 +181,7 @@ impl WorkSizes {
             self.attention,
             self.gates,
             self.gates,
+            self.scores,
             self.choices,
             self.choices,
             self.choices,

@@ -40,6 +40,7 @@ pub(super) struct Work {
     pub(super) attention: Growing<f32>,
     gate: Growing<f32>,
     up: Growing<f32>,
+    pub(super) scores: Growing<f32>,
     experts: Growing<i32>,
     weights: Growing<f32>,
     slots: Growing<i32>,
@@ -62,6 +63,7 @@ impl Work {
             attention: Growing::new("splits of attention"),
             gate: Growing::new("gate"),
             up: Growing::new("up"),
+            scores: Growing::new("router logits"),
             experts: Growing::new("chosen experts"),
             weights: Growing::new("weights of experts"),
             slots: Growing::new("places of choices"),
@@ -86,6 +88,7 @@ impl Work {
         take(&mut self.attention, &arena, sizes.attention)?;
         take(&mut self.gate, &arena, sizes.gates)?;
         take(&mut self.up, &arena, sizes.gates)?;
+        take(&mut self.scores, &arena, sizes.scores)?;
         take(&mut self.experts, &arena, sizes.choices)?;
         take(&mut self.weights, &arena, sizes.choices)?;
         take(&mut self.slots, &arena, sizes.choices)?;
