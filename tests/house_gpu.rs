@@ -3,6 +3,8 @@
 //!
 //! `PLAYHOUSE_GPU_MODEL` names a GGUF file to use instead of the embedded model.
 
+#![allow(clippy::print_stderr)] // Figures and skips are said where a person sees them.
+
 mod house_support;
 
 use house_support::*;

@@ -11,7 +11,7 @@ use playhouse_config::Model;
 use playhouse_config::checked::KvType;
 
 /// An allowance for what a process with a CUDA context and our kernels takes on a card before anything is loaded.
-pub const CONTEXT_BYTES: u64 = 640 << 20;
+pub const CONTEXT_BYTES: u64 = 528 << 20;
 
 /// Settings that a model cannot be run with.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
