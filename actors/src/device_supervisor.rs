@@ -21,8 +21,8 @@ use crate::policy::restart::{Decision, End, RestartRecord, restarted_with};
 use crate::router::{RouterHandle, RouterMsg};
 use playhouse_config::{Limits, Supervision};
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 
@@ -82,8 +82,6 @@ pub struct DeviceArgs {
     pub supervision: Supervision,
     /// For the model actors.
     pub limits: Limits,
-    /// Makes the jitter.
-    pub seed: u64,
     /// Starts workers.
     pub factory: Arc<dyn WorkerFactory>,
     /// Who routes.
@@ -96,6 +94,8 @@ pub struct DeviceArgs {
     pub house: ActorRef<HouseMsg>,
     /// What was known of the device before a restart of this actor.
     pub quarantined: Option<String>,
+    /// The device's failures. Shared with the house, so that they are not forgotten with this actor.
+    pub record: Arc<Mutex<RestartRecord>>,
 }
 
 /// The actor.
@@ -106,7 +106,6 @@ pub struct DeviceSupervisor;
 pub struct DeviceState {
     args: DeviceArgs,
     me: ActorRef<DeviceMsg>,
-    record: RestartRecord,
     quarantined: Option<String>,
     children: Vec<Child>,
 }
@@ -124,11 +123,10 @@ impl Actor for DeviceSupervisor {
     type Arguments = DeviceArgs;
 
     async fn pre_start(&self, me: ActorRef<DeviceMsg>, args: DeviceArgs) -> Result<DeviceState, ActorProcessingErr> {
-        let record = RestartRecord::new(args.supervision.clone(), args.seed);
         let quarantined = args.quarantined.clone();
-        let mut state = DeviceState { args, me, record, quarantined, children: Vec::new() };
+        let mut state = DeviceState { args, me, quarantined, children: Vec::new() };
         if state.quarantined.is_some() {
-            state.record.quarantine();
+            state.record().quarantine();
         }
         for placed in std::mem::take(&mut state.args.placed) {
             state.place(placed).await;
@@ -179,6 +177,11 @@ impl Actor for DeviceSupervisor {
 }
 
 impl DeviceState {
+    fn record(&self) -> MutexGuard<'_, RestartRecord> {
+        // Its methods leave it whole, whoever panics between them.
+        self.args.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn place(&mut self, placed: Placed) {
         let replica = placed.spec.replica.clone();
         let slot = Arc::new(Semaphore::new(1));
@@ -225,7 +228,7 @@ impl DeviceState {
     fn report(&mut self, report: Report) {
         match report {
             Report::Ready { replica, kv_min_bytes } => {
-                self.record.on_ready(self.args.clock.now());
+                self.record().on_ready(self.args.clock.now());
                 if let Some(index) = self.index_of(&replica) {
                     let placed = &mut self.children[index].placed;
                     placed.kv_min_bytes = placed.kv_min_bytes.max(kv_min_bytes);
@@ -256,11 +259,14 @@ impl DeviceState {
 
     /// Asks the policy and tells the replica, and with it those that the strategy names.
     fn decide(&mut self, index: usize, end: End) {
-        let decision = self.record.on_end(end, self.args.clock.now());
+        let decision = self.record().on_end(end, self.args.clock.now());
         let child = &self.children[index];
         let (replica, kv_bytes) = (child.placed.spec.replica.clone(), child.placed.spec.kv_bytes);
         match decision {
-            Decision::Quarantine => self.quarantine(&format!("{} failures", self.record.recent(self.args.clock.now()))),
+            Decision::Quarantine => {
+                let recent = self.record().recent(self.args.clock.now());
+                self.quarantine(&format!("{recent} failures"))
+            }
             Decision::Leave => self.tell(&replica, ModelMsg::Decided(decision, kv_bytes)),
             Decision::RestartAfter(_) => {
                 self.tell(&replica, ModelMsg::Decided(decision, kv_bytes));
@@ -274,7 +280,7 @@ impl DeviceState {
     }
 
     fn quarantine(&mut self, reason: &str) {
-        self.record.quarantine();
+        self.record().quarantine();
         if self.quarantined.is_none() {
             self.quarantined = Some(reason.to_owned());
             let (device, reason) = (self.args.device.clone(), reason.to_owned());
@@ -302,7 +308,7 @@ impl DeviceState {
     }
 
     async fn release(&mut self) {
-        self.record.release();
+        self.record().release();
         self.quarantined = None;
         let device = self.args.device.clone();
         self.args.events.tell(HouseEvent::Released { device: device.clone() });
@@ -333,7 +339,8 @@ impl DeviceState {
     fn decide_respawn(&mut self, replica: ReplicaId, reason: &str) {
         let actor = format!("model {replica}");
         self.args.events.tell(HouseEvent::ActorRestarted { actor, reason: reason.to_owned() });
-        match self.record.on_end(End::Failure, self.args.clock.now()) {
+        let decision = self.record().on_end(End::Failure, self.args.clock.now());
+        match decision {
             Decision::RestartAfter(delay) => {
                 self.me.send_after(delay, move || DeviceMsg::Respawn(replica));
             }
@@ -365,7 +372,7 @@ impl DeviceState {
     }
 
     fn configure(&mut self, supervision: &Supervision, limits: &Limits) {
-        self.record.set_policy(supervision.clone());
+        self.record().set_policy(supervision.clone());
         self.args.supervision = supervision.clone();
         self.args.limits = limits.clone();
         for actor in self.children.iter().filter_map(|child| child.actor.as_ref()) {
@@ -387,11 +394,15 @@ impl DeviceState {
     fn status(&self, reply: RpcReplyPort<DeviceStatus>) {
         let actors: Vec<(ReplicaStatus, Option<ActorRef<ModelMsg>>)> =
             self.children.iter().map(|child| (child.unknown(), child.actor.clone())).collect();
+        let (recent, failures) = {
+            let record = self.record();
+            (record.recent(self.args.clock.now()), record.total())
+        };
         let mut status = DeviceStatus {
             device: self.args.device.clone(),
             quarantined: self.quarantined.clone(),
-            recent_failures: u32::try_from(self.record.recent(self.args.clock.now())).unwrap_or(u32::MAX),
-            failures: self.record.total(),
+            recent_failures: u32::try_from(recent).unwrap_or(u32::MAX),
+            failures,
             replicas: Vec::new(),
         };
         tokio::spawn(async move {

@@ -28,7 +28,7 @@ use crate::policy::restart::{Decision, End, RestartRecord};
 use crate::router::{Router, RouterArgs, RouterHandle, RouterMsg};
 use crate::stream::TokenStream;
 use playhouse_config::checked::Isolation;
-use playhouse_config::{Config, Model};
+use playhouse_config::{Config, Model, Supervision};
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SpawnErr, SupervisionEvent};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -252,6 +252,8 @@ struct DeviceChild {
     actor: Option<ActorRef<DeviceMsg>>,
     placed: Vec<Placed>,
     quarantined: Option<String>,
+    /// Its failures, which outlive its supervisor.
+    record: Arc<Mutex<RestartRecord>>,
 }
 
 impl Actor for House {
@@ -282,7 +284,8 @@ impl Actor for House {
         state.spawn_inventory().await;
         state.spawn_router().await;
         for (device, placed) in placed_of(&state.config, &args.plan) {
-            state.devices.insert(device.clone(), DeviceChild { actor: None, placed, quarantined: None });
+            let record = record_of(&state.config.supervision, state.seed, &device);
+            state.devices.insert(device.clone(), DeviceChild { actor: None, placed, quarantined: None, record });
             state.spawn_device(&device).await;
         }
         Ok(state)
@@ -387,13 +390,13 @@ impl HouseState {
             placed: child.placed.clone(),
             supervision: self.config.supervision.clone(),
             limits: self.config.host.limits.clone(),
-            seed: device.as_str().bytes().fold(self.seed, |seed, byte| mix(seed ^ u64::from(byte))),
             factory: self.factory.clone(),
             router: self.router.clone(),
             events: self.events.clone(),
             clock: self.clock,
             house: self.me.clone(),
             quarantined: child.quarantined.clone(),
+            record: child.record.clone(),
         };
         match ractor::Actor::spawn_linked(None, DeviceSupervisor, args, self.me.get_cell()).await {
             Ok((actor, _)) => {
@@ -546,7 +549,8 @@ impl HouseState {
         }
         let mut placements: Vec<(DeviceId, Placed)> = Vec::new();
         for (device, placed) in wanted {
-            let empty = || DeviceChild { actor: None, placed: Vec::new(), quarantined: None };
+            let record = record_of(&config.supervision, self.seed, &device);
+            let empty = || DeviceChild { actor: None, placed: Vec::new(), quarantined: None, record };
             self.devices.entry(device.clone()).or_insert_with(empty);
             for new in placed.into_iter().filter(|new| !applied.kept.contains(&new.spec.replica)) {
                 applied.started.push(new.spec.replica.clone());
@@ -630,6 +634,12 @@ impl HouseState {
             let _ = reply.send(status);
         });
     }
+}
+
+/// A device's record of failures; the seed makes the jitter of its restarts.
+fn record_of(policy: &Supervision, seed: u64, device: &DeviceId) -> Arc<Mutex<RestartRecord>> {
+    let seed = device.as_str().bytes().fold(seed, |seed, byte| mix(seed ^ u64::from(byte)));
+    Arc::new(Mutex::new(RestartRecord::new(policy.clone(), seed)))
 }
 
 /// What going over from one configuration with its plan to another would do.

@@ -440,6 +440,8 @@ pub enum HouseEvent {
     RestartScheduled {
         /// Whose.
         replica: ReplicaId,
+        /// Where.
+        device: DeviceId,
         /// After this long.
         after: Duration,
         /// Bytes for KV.

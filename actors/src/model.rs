@@ -567,7 +567,8 @@ impl ModelState {
                 let attempt = self.attempt;
                 self.me.send_after(delay, move || ModelMsg::internal(Inner::BackoffOver { attempt }));
                 let replica = self.replica();
-                self.args.events.tell(HouseEvent::RestartScheduled { replica, after: delay, kv_bytes });
+                let device = self.args.spec.device.clone();
+                self.args.events.tell(HouseEvent::RestartScheduled { replica, device, after: delay, kv_bytes });
             }
             Decision::Leave => {
                 self.set_phase(Phase::Stopped);

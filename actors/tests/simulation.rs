@@ -341,7 +341,6 @@ struct Invariants {
     events: broadcast::Receiver<HouseEvent>,
     /// Scheduled restarts by device, with their times.
     restarts: BTreeMap<String, Vec<Instant>>,
-    where_is: BTreeMap<String, String>,
 }
 
 impl Invariants {
@@ -384,12 +383,8 @@ impl Invariants {
         let max = usize::try_from(self.supervision.max_restarts).expect("small");
         loop {
             match self.events.try_recv() {
-                Ok(HouseEvent::WorkerStarted { replica, device, .. }) => {
-                    self.where_is.insert(replica.to_string(), device.to_string());
-                }
-                Ok(HouseEvent::RestartScheduled { replica, .. }) => {
-                    let Some(device) = self.where_is.get(&replica.to_string()).cloned() else { continue };
-                    let restarts = self.restarts.entry(device.clone()).or_default();
+                Ok(HouseEvent::RestartScheduled { device, .. }) => {
+                    let restarts = self.restarts.entry(device.to_string()).or_default();
                     restarts.push(Instant::now());
                     let recent = restarts.iter().filter(|at| at.elapsed() < self.supervision.window - STEP * 2).count();
                     assert!(recent < max, "{recent} restarts on {device}, {max} quarantine it");
@@ -431,7 +426,6 @@ async fn run(seed: u64) -> String {
         supervision: config.supervision.clone(),
         events: house.listen(),
         restarts: BTreeMap::new(),
-        where_is: BTreeMap::new(),
     };
     let ledger = SharedLedger::default();
     let mut clients = Vec::new();

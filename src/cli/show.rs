@@ -134,7 +134,7 @@ pub(crate) fn event(event: &HouseEvent) -> String {
         HouseEvent::WorkerEnded { replica, end, in_flight } => {
             format!("{replica}: {end}; {in_flight} requests in flight")
         }
-        HouseEvent::RestartScheduled { replica, after, kv_bytes } => {
+        HouseEvent::RestartScheduled { replica, after, kv_bytes, .. } => {
             let when = if after.is_zero() { "at once".to_owned() } else { format!("in {}", time(*after)) };
             format!("{replica} is started again {when}, with {} for KV", bytes(*kv_bytes))
         }
