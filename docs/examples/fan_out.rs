@@ -64,10 +64,8 @@ async fn fan_out(count: u64) -> Result<(), Box<dyn std::error::Error>> {
     bar.finish();
     println!("{count} haiku, {tokens} tokens; the last one:\n{last}");
     let status = house.status().await.ok_or("the house has ended")?;
-    for replica in status.replicas() {
-        let decoded = replica.stats.map_or(0, |stats| stats.decode_tokens);
-        println!("{} on {}: {decoded} tokens", replica.replica, replica.device);
-    }
+    let requests = status.router.ok_or("the router is being restarted")?.requests;
+    println!("{} replicas, {} requests completed", status.replicas().count(), requests.completed);
     house.stop().await;
     Ok(())
 }
