@@ -64,7 +64,7 @@ async fn fan_out(count: u64) -> Result<(), Box<dyn std::error::Error>> {
     bar.finish();
     println!("{count} haiku, {tokens} tokens; the last one:\n{last}");
     let status = house.status().await.ok_or("the house has ended")?;
-    let requests = status.router.ok_or("the router is being restarted")?.requests;
+    let requests = status.router.as_ref().ok_or("the router is being restarted")?.requests;
     println!("{} replicas, {} requests completed", status.replicas().count(), requests.completed);
     house.stop().await;
     Ok(())
