@@ -119,7 +119,10 @@ template <int KIND, int NT> DEVICE void matmul_large(const MatmulArgs &args) {
     // Multiplies one tile; while the tensor cores are at it, dequantises the next one, whose registers were read by the tile before.
     auto take = [&](int tile, uint32_t (&now)[4][4], uint32_t (&next)[4][4]) {
         copy_async_wait<LOOKAHEAD - 2>(); // this tile and the next are there
+#if __CUDA_ARCH__ >= 900
+        // wgmma reads shared memory through the asynchronous proxy; mma.sync does not.
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
         __syncthreads();
         multiply_tile<KIND, NT>(acc, now, stages + (tile - begin) % STAGES * STAGE_BYTES);
         // The stage filled here was read two tiles ago, by products that every thread waited for before this barrier.
