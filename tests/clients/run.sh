@@ -21,10 +21,10 @@ cp "$here/package.json" "$here"/*.mjs "$work/"
 (cd "$work" && node openai_js.mjs "$url" "$key")
 # Generated requests, right and wrong: nothing may be answered with a 5xx that means a mistake of ours, with a status that
 # the document does not have, or with a body that does not fit it.
-"$work/venv/bin/schemathesis" run "$url/openapi.json" --url "$url" --header "Authorization: Bearer $key" \
+(cd "$work" && "$work/venv/bin/schemathesis" run "$url/openapi.json" --url "$url" --header "Authorization: Bearer $key" \
     --exclude-path /api/events --exclude-path-regex '^/models/(un)?load$' \
     --checks status_code_conformance,content_type_conformance,response_schema_conformance \
-    --max-examples "${EXAMPLES:-20}" --request-timeout 60 --phases examples,coverage,fuzzing
+    --max-examples "${EXAMPLES:-20}" --request-timeout 60 --phases examples,coverage,fuzzing)
 if command -v "${CHROMIUM:-chromium}" > /dev/null; then
     (cd "$work" && node dashboard.mjs "$url" ${SHOTS:+"$SHOTS"})
 else
