@@ -276,13 +276,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const SampleArgs ar
     cluster_sync(); // no block ends while another may read its shared memory
 }
 
-// Counts tokens of a sequence in its row of the history: of the prompt (seen, not emitted) or emitted.
-// counts [n_vocab]   tokens [n]   Grid ceil(n / 256), block 256.
-extern "C" __global__ void __launch_bounds__(256) sample_history(unsigned *counts, const unsigned *tokens, int n, int is_emitted) {
+// Writes what a sequence has seen into its row of the history, which is zero elsewhere: each id once, with how often it was emitted.
+// counts [n_vocab]   seen [n, 2], which may be host memory   Grid ceil(n / 256), block 256.
+extern "C" __global__ void __launch_bounds__(256) sample_history(unsigned *counts, const uint2 *seen, int n) {
     wait_for_predecessor();
     const int i = blockIdx.x * 256 + threadIdx.x;
-    dependents_may_start();
     if (i >= n) return;
-    atomicMax(&counts[tokens[i]], 1u);
-    if (is_emitted) atomicAdd(&counts[tokens[i]], 1u);
+    const uint2 one = __ldcv(seen + i);
+    counts[one.x] = 1 + one.y;
 }

@@ -24,7 +24,7 @@ pub use ops::{
     Activation, AttentionOp, GatedOp, HeadDims, HeadOp, Linear, MoeOp, MoeWeighting, Norm, Pairing, QkvOp, Rope,
 };
 
-pub use sample::{SampleRow, Sampled};
+pub use sample::{Penalties, SampleRow, Sampled};
 pub use shape::{Join, ModelShape, WeightGroup, WeightShape, WeightUse};
 
 use crate::dtype::DType;

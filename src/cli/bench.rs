@@ -191,7 +191,7 @@ fn measure(model: &mut impl StepModel, test: &Test, runs: usize, chunk: usize) -
 
 fn step(model: &mut impl StepModel, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), CliError> {
     let failed = |e: BackendError| CliError::new(backend_exit(&e), e);
-    let rows = vec![GREEDY; batch.logit_rows.len()];
+    let rows = vec![SampleRow::greedy(); batch.logit_rows.len()];
     if rows.is_empty() {
         return model.run(batch, logits).map_err(failed);
     }
@@ -201,20 +201,6 @@ fn step(model: &mut impl StepModel, batch: &Batch, logits: &mut Vec<f32>) -> Res
     }
     Ok(())
 }
-
-/// The most likely token.
-const GREEDY: SampleRow<'static> = SampleRow {
-    temperature: 0.0,
-    top_k: 0,
-    top_p: 1.0,
-    min_p: 0.0,
-    seed: 0,
-    choice: 0,
-    index: 0,
-    bias: &[],
-    forbidden: &[],
-    n_logprobs: None,
-};
 
 /// The most likely token of each row, as the engine chooses it on the host.
 fn greedy(logits: &mut [f32], n_vocab: usize) -> Vec<u32> {

@@ -1,6 +1,7 @@
 //! The engine: a resident model, a scheduler and a sampler per sequence. Schedule, run, choose, take note.
 
 use super::constrain::{Constrain, Constrainer};
+use super::histories::Histories;
 use super::sampler::{Chosen, RowOptions, SampleError, Sampler, TokenMask};
 use super::scheduler::{Ended, Outcome, Scheduler, SchedulerLimits, StepPlan, Work};
 use super::validate::validate;
@@ -41,6 +42,7 @@ pub struct LlmEngine<M: StepModel> {
     samplers: HashMap<RequestId, Sampler>,
     constrainer: Option<Box<dyn Constrainer>>,
     constrained: HashMap<RequestId, Box<dyn Constrain>>,
+    histories: Histories,
     batch: Batch,
     logits: Vec<f32>,
     counters: Counters,
@@ -48,6 +50,9 @@ pub struct LlmEngine<M: StepModel> {
 
 /// The tokens that may follow, or why that cannot be said; `None` where all may.
 type Mask = Option<Result<TokenMask, RequestError>>;
+
+/// Ids that a sequence has seen, each with how often it is in the output.
+type Seen = Vec<(u32, u32)>;
 
 /// What became of a row.
 enum Settled {
@@ -86,6 +91,7 @@ impl<M: StepModel> LlmEngine<M> {
             samplers: HashMap::new(),
             constrainer: None,
             constrained: HashMap::new(),
+            histories: Histories::new(index_of(capacity.max_logit_rows)),
             batch: Batch::default(),
             logits: Vec::new(),
             counters: Counters::default(),
@@ -124,6 +130,7 @@ impl<M: StepModel> LlmEngine<M> {
     fn run_and_choose(&mut self, plan: &StepPlan) -> Result<Vec<(Work, Settled)>, BackendError> {
         let works: Vec<Work> = plan.work.iter().copied().filter(|work| work.chooses).collect();
         let masks = self.masks(&works);
+        let histories = self.histories_of(&works);
         let (scheduler, samplers) = (&self.scheduler, &self.samplers);
         let of = |work: &Work| {
             let sequence = scheduler.sequence(work.key);
@@ -131,17 +138,26 @@ impl<M: StepModel> LlmEngine<M> {
             let options = RowOptions { forbidden: sequence.forbidden(), mask: None, n_logprobs: request.logprobs };
             (request, &samplers[&request.id], index_of(sequence.n_emitted()), options)
         };
-        let on_device = |(work, mask): (&Work, &Mask)| {
+        let mut rows: Option<Vec<SampleRow<'_>>> = Some(Vec::new());
+        for ((work, mask), history) in works.iter().zip(&masks).zip(&histories) {
             let (request, sampler, index, options) = of(work);
-            let is_plain = request.task == Task::Generate && mask.is_none();
-            is_plain.then(|| sampler.on_device(index, options)).flatten()
-        };
-        let rows: Option<Vec<SampleRow<'_>>> = works.iter().zip(&masks).map(on_device).collect();
+            let is_for_host = request.task == Task::Embed || matches!(mask, Some(Err(_)));
+            let mask = mask.as_ref().and_then(|mask| mask.as_ref().ok());
+            let history = history.as_ref().map(|(slot, fresh)| (*slot, fresh.as_deref()));
+            let row = sampler.on_device(index, RowOptions { mask, ..options }, history);
+            rows = rows.filter(|_| !is_for_host).map(|mut rows| {
+                rows.push(row);
+                rows
+            });
+        }
         let sampled = match rows.filter(|rows| !rows.is_empty()) {
             Some(rows) => self.model.run_and_choose(&self.batch, &rows, &mut self.logits)?,
             None => self.model.run(&self.batch, &mut self.logits).map(|()| None)?,
         };
         if let Some(sampled) = sampled {
+            for (work, _) in works.iter().zip(&histories).filter(|(_, history)| history.is_some()) {
+                self.histories.counts(work.key, of(work).2 + 1);
+            }
             let settled =
                 works.iter().zip(sampled).map(|(work, sampled)| settled(Chosen::on_device(sampled), of(work).2));
             let settled: Vec<Settled> = settled.collect();
@@ -162,6 +178,21 @@ impl<M: StepModel> LlmEngine<M> {
             }
         };
         Ok(works.par_iter().zip(masks).zip(rows).map(choose_row).collect())
+    }
+
+    /// The slots in which the device counts the tokens of `works` that are penalised, and what is to be written there first.
+    fn histories_of(&mut self, works: &[Work]) -> Vec<Option<(u32, Option<Seen>)>> {
+        let (scheduler, samplers, histories) = (&self.scheduler, &self.samplers, &mut self.histories);
+        let history = |work: &Work| {
+            let sequence = scheduler.sequence(work.key);
+            let sampler = &samplers[&sequence.request().id];
+            sampler.is_penalised().then(|| {
+                let n_emitted = index_of(sequence.n_emitted());
+                let (slot, is_right) = histories.slot(work.key, n_emitted, |key| scheduler.is_running(key));
+                (slot, (!is_right).then(|| sampler.counts()))
+            })
+        };
+        works.iter().map(history).collect()
     }
 
     /// What may follow in each of `works` that is held to a form.

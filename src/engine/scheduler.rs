@@ -190,6 +190,11 @@ impl Scheduler {
         &self.sequences[&key]
     }
 
+    /// Whether a sequence runs.
+    pub fn is_running(&self, key: QueueKey) -> bool {
+        self.running.contains(&key)
+    }
+
     /// Sequences that run.
     pub fn n_running(&self) -> usize {
         self.running.len()

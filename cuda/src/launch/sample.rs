@@ -7,6 +7,7 @@ use super::matmul::Rows;
 use crate::arena::{Arena, Buffer, Element};
 use crate::error::CudaError;
 use crate::kernels::{Args, Kernels, Launch};
+use crate::pinned::Pinned;
 
 /// Largest vocabulary: sums of weights stay below 2^64, and a block's tiles fit its table.
 pub const MAX_VOCAB: usize = 1 << 20;
@@ -302,7 +303,7 @@ pub struct Inputs {
     /// `[masks, ceil(n_vocab / 64)]`: bit `i % 64` of word `i / 64` allows id `i`.
     pub masks: Buffer<u64>,
     /// `[histories, n_vocab]`: 0 for ids not seen, else 1 + how often the id was emitted. A sequence's row is zeroed when it
-    /// begins ([`History::clear`]); the kernel counts what it chooses.
+    /// begins ([`History::clear`], [`History::write`]); the kernel counts what it chooses.
     pub history: Buffer<u32>,
 }
 
@@ -476,19 +477,24 @@ impl History {
         self.counts.zero()
     }
 
-    /// Enqueues the counting of the first `n` tokens, each below the vocabulary: emitted ones (of a sequence that is resumed), or
-    /// those of the prompt.
+    /// Enqueues writing, after a [`History::clear`], `n` pairs from element `first` of `seen` on: an id that was seen, once, below the
+    /// vocabulary, and how often it was emitted. They must not change before it has run.
     ///
     /// # Errors
     /// [`CudaError::Contract`]; a failed launch.
-    pub fn count(&self, kernels: &Kernels, tokens: &Buffer<u32>, n: usize, are_emitted: bool) -> Result<(), CudaError> {
-        if n == 0 || n > tokens.len() {
-            return Err(contract("history", format!("1 to {} tokens", tokens.len()), n));
+    pub fn write(&self, kernels: &Kernels, seen: &Pinned<u32>, first: usize, n: usize) -> Result<(), CudaError> {
+        let pairs = first..first + 2 * n;
+        let Some(pairs) = seen.get(pairs).filter(|pairs| n > 0 && first % 2 == 0 && pairs.len() == 2 * n) else {
+            return Err(contract("history", format!("pairs within {} elements", seen.len()), format!("{n} from {first}")));
+        };
+        if let Some(id) = pairs.iter().step_by(2).find(|id| **id as usize >= self.counts.len()) {
+            return Err(contract("history", format!("ids below {}", self.counts.len()), id));
         }
-        let args = Args::new().with(self.counts.ptr()).with(tokens.ptr()).with(n as i32).with(i32::from(are_emitted));
+        let from = seen.device_ptr() + 4 * first as u64;
+        let args = Args::new().with(self.counts.ptr()).with(from).with(n as i32);
         let mut launch = Launch::new((n.div_ceil(256) as u32, 1, 1), (256, 1, 1));
         launch.overlap = true;
-        // SAFETY: the arguments are the kernel's parameters in order; tokens are validated where the sequence is accepted.
+        // SAFETY: the arguments are the kernel's parameters in order; the pairs are inside the host's memory, their ids inside the row.
         unsafe { kernels.get("sample", "sample_history", 0)?.launch(kernels.gpu(), launch, args) }
     }
 }
