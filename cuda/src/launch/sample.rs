@@ -485,7 +485,11 @@ impl History {
     pub fn write(&self, kernels: &Kernels, seen: &Pinned<u32>, first: usize, n: usize) -> Result<(), CudaError> {
         let pairs = first..first + 2 * n;
         let Some(pairs) = seen.get(pairs).filter(|pairs| n > 0 && first % 2 == 0 && pairs.len() == 2 * n) else {
-            return Err(contract("history", format!("pairs within {} elements", seen.len()), format!("{n} from {first}")));
+            return Err(contract(
+                "history",
+                format!("pairs within {} elements", seen.len()),
+                format!("{n} from {first}"),
+            ));
         };
         if let Some(id) = pairs.iter().step_by(2).find(|id| **id as usize >= self.counts.len()) {
             return Err(contract("history", format!("ids below {}", self.counts.len()), id));

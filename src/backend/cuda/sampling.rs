@@ -21,15 +21,7 @@ const LISTED: usize = 64;
 pub(super) fn limits(shape: &ModelShape) -> Limits {
     let rows = shape.max_logit_rows;
     let listed = LISTED * rows;
-    Limits {
-        n_vocab: shape.n_vocab,
-        rows,
-        bias: listed,
-        forbidden: listed,
-        masks: rows,
-        histories: rows,
-        top: MAX_TOP,
-    }
+    Limits { n_vocab: shape.n_vocab, rows, bias: listed, forbidden: listed, masks: rows, histories: rows, top: MAX_TOP }
 }
 
 /// The kernel's buffers with their ends on the host.
