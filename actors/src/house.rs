@@ -684,6 +684,7 @@ fn placed_of(config: &Config, plan: &Plan) -> BTreeMap<DeviceId, Vec<Placed>> {
             device: device.clone(),
             source: model.source.clone(),
             kv_bytes: placement.kv_bytes,
+            memory_bytes_max: placement.limit_bytes,
             kv_type: model.kv_type,
             context: model.context,
             max_sequences: model.max_sequences,

@@ -16,6 +16,7 @@ mod batch;
 pub mod cpu;
 pub mod cuda;
 mod ops;
+mod routes;
 mod sample;
 mod shape;
 
@@ -24,6 +25,7 @@ pub use ops::{
     Activation, AttentionOp, GatedOp, HeadDims, HeadOp, Linear, MoeOp, MoeWeighting, Norm, Pairing, QkvOp, Rope,
 };
 
+pub use routes::{Route, RouteDifference, Routes};
 pub use sample::{Penalties, SampleRow, Sampled};
 pub use shape::{Join, ModelShape, WeightGroup, WeightShape, WeightUse};
 

@@ -1,6 +1,6 @@
 //! From a worker's task to an engine: which device, which file, which limits. The one place that knows the backends.
 
-use super::sizing::{kv_min_bytes, limits};
+use super::sizing::{arena_bytes, kv_min_bytes, limits};
 use crate::basho;
 use crate::engine::{self, DeviceName, DeviceOptions, EngineOptions, LlmEngine, LoadError, RunnerLimits, StepModel};
 use crate::gguf::GgufFile;
@@ -95,7 +95,8 @@ pub(super) fn load(
     if described.n_vocab > VOCAB_MAX {
         return Err(bad(&format!("a vocabulary of {} ids, expected at most {VOCAB_MAX}", described.n_vocab)));
     }
-    let model = load_model(&file, &spec.device, limits, threads, progress)?;
+    let options = DeviceOptions { n_threads: Some(threads), memory_cap: spec.memory_bytes_max.map(arena_bytes) };
+    let model = load_model(&file, &spec.device, limits, options, progress)?;
     #[cfg(any(debug_assertions, feature = "fault-injection"))]
     let model = super::fault::Faults::of(spec).wrap(model);
     let (n_ctx, n_vocab) = (model.n_ctx(), model.n_vocab());
@@ -122,7 +123,7 @@ fn load_model(
     file: &GgufFile,
     device: &DeviceId,
     limits: RunnerLimits,
-    threads: usize,
+    options: DeviceOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Box<dyn StepModel>, EngineError> {
     let named = |error: LoadError| match EngineError::from(error) {
@@ -134,6 +135,5 @@ fn load_model(
         Kind::Gpu => DeviceName::Gpu(device.to_string()),
         Kind::Unknown => return Err(EngineError::BadModel(DeviceError::Unknown(device.clone()).to_string())),
     };
-    let options = DeviceOptions { n_threads: Some(threads), memory_cap: None };
     Ok(engine::load_model(file, &name, options, limits, progress).map_err(named)?)
 }

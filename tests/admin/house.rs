@@ -194,6 +194,7 @@ fn reloaded() -> Reloaded {
         kv_bytes: 8 << 30,
         scratch_bytes: 1 << 28,
         context_bytes: 1 << 29,
+        limit_bytes: None,
         kv_min_bytes: 1 << 28,
     };
     let device = DevicePlan {

@@ -7,4 +7,5 @@ pub mod matmul;
 pub mod matrix;
 pub mod moe;
 pub mod norm;
+pub mod peak;
 pub mod sample;

@@ -33,7 +33,7 @@ pub use weight::CudaWeight;
 
 use super::{
     AttentionOp, Backend, BackendError, Batch, Begun, GatedOp, HeadOp, Join, KvDtype, KvLayout, Linear, MemoryUse,
-    ModelShape, MoeOp, QkvOp, SampleRow, Sampled, WeightShape, WeightSource,
+    ModelShape, MoeOp, QkvOp, Routes, SampleRow, Sampled, WeightShape, WeightSource,
 };
 use plan::{WorkSizes, heads};
 use playhouse_cuda::CudaError;
@@ -79,6 +79,8 @@ pub struct CudaBackend {
     /// Of the model, or of the last attention: what decides how spans are cut.
     heads: Heads,
     batch: Batch,
+    /// Where the choices of experts are told, if somebody asked.
+    routes: Option<Routes>,
     /// The first failure of an op; nothing after it is to be trusted.
     failed: Option<CudaError>,
 }
@@ -132,6 +134,7 @@ impl CudaBackend {
             shape: None,
             heads: Heads { n_heads: 1, n_kv_heads: 1, head_dim: HEAD_DIMS[0] },
             batch: Batch::default(),
+            routes: None,
             failed: None,
         })
     }
@@ -139,6 +142,11 @@ impl CudaBackend {
     /// What does not change about the GPU.
     pub fn info(&self) -> &GpuInfo {
         self.gpu.info()
+    }
+
+    /// Tells from now on which experts tokens go to, in steps that are not recorded as graphs. Each op waits for the device.
+    pub fn tell_routes(&mut self) -> Routes {
+        self.routes.get_or_insert_default().clone()
     }
 
     fn error(&self, error: CudaError) -> BackendError {
@@ -240,13 +248,15 @@ impl CudaBackend {
         let n_sms = self.gpu.info().n_sms as usize;
         let usage = memory_use(shape, n_sms);
         let total = usage.weights + usage.kv + usage.scratch;
-        let free = self.gpu.free_bytes()?.min(self.cap.as_ref().map_or(u64::MAX, Cap::left));
-        if total > free {
+        let (free, cap) = (self.gpu.free_bytes()?, self.cap.as_ref().map(Cap::left));
+        if total > cap.unwrap_or(u64::MAX).min(free) {
             let device = self.gpu.uuid().to_owned();
+            let within = if cap.is_some_and(|cap| cap < free) { ", within its memory limit" } else { "" };
             let what = format!(
-                "the model ({} bytes of weights, {} of cache, {} of work space)",
+                "the model ({} bytes of weights, {} of cache, {} of work space{within})",
                 usage.weights, usage.kv, usage.scratch
             );
+            let free = cap.unwrap_or(u64::MAX).min(free);
             return Err(CudaError::OutOfMemory { device, what, requested: total, free });
         }
         let sizes = WorkSizes::of(shape, n_sms);
