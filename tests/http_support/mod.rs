@@ -5,6 +5,7 @@
 
 pub(crate) mod client;
 pub(crate) mod engines;
+pub(crate) mod frames;
 
 use playhouse::backend::KvDtype;
 use playhouse::backend::cpu::CpuBackend;
