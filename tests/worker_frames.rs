@@ -8,7 +8,7 @@ use playhouse::worker::handshake::{HandshakeError, Hello, Version, append_greeti
 use playhouse::worker::sizing::{self, SizingError};
 use playhouse_actors::engine::{
     Constraint, Engine, EngineError, EngineEvent, EngineRequest, EngineStats, FinishReason, LoadPhase, LoadProgress,
-    Logprob, RequestError, RequestId, SamplingParams, Task, TokenLogprobs, Usage,
+    Logprob, RequestError, RequestId, SamplingParams, StepTokens, Task, TokenLogprobs, Usage,
 };
 use playhouse_actors::messages::{Heartbeat, WorkerCommand, WorkerEvent, WorkerReady};
 use playhouse_config::Model;
@@ -171,6 +171,8 @@ fn stats() -> impl Strategy<Value = EngineStats> {
         weight_bytes: m[7],
         kv_bytes: m[8],
         scratch_bytes: m[9],
+        step_tokens: StepTokens { steps: [m[0]; 14], sum: m[9] },
+        kv_block_tokens: n[4],
     })
 }
 
@@ -195,6 +197,7 @@ fn event() -> impl Strategy<Value = WorkerEvent> {
         progress.prop_map(WorkerEvent::Progress),
         ready.prop_map(WorkerEvent::Ready),
         (id(), request_error()).prop_map(|(id, error)| WorkerEvent::Refused { id, error }),
+        vec((id(), any::<Duration>()), 0..40).prop_map(WorkerEvent::Begun),
         vec(engine_event(), 0..40).prop_map(WorkerEvent::Step),
         (age, stats()).prop_map(|(step_age, stats)| WorkerEvent::Heartbeat(Heartbeat { step_age, stats })),
         engine_error().prop_map(WorkerEvent::Failed),

@@ -11,7 +11,7 @@ use playhouse_config::ModelSource;
 use playhouse_config::checked::{Isolation, KvType};
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// One replica of a model, wherever it runs.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -110,6 +110,9 @@ pub struct StreamToken {
     pub token: u32,
     /// If asked for.
     pub logprobs: Option<TokenLogprobs>,
+    /// When an engine began with the request, if it said so: waiting ended and computing began. The first token has it.
+    #[serde(skip)]
+    pub begun: Option<Instant>,
 }
 
 /// What a stream yields: tokens, then exactly one end.
@@ -228,6 +231,9 @@ pub enum WorkerEvent {
         /// Why.
         error: RequestError,
     },
+    /// These were begun: the first of their prompt was computed so long after they came. Told once each, before the step's
+    /// events.
+    Begun(Vec<(RequestId, Duration)>),
     /// What one step brought.
     Step(Vec<EngineEvent>),
     /// It is alive.

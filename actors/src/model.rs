@@ -182,6 +182,8 @@ struct Live {
 /// A request that the worker has.
 struct Running {
     ticket: Ticket,
+    /// When it was given to the worker.
+    since: Instant,
     /// Somebody waits for the client to read.
     stalled: bool,
 }
@@ -297,7 +299,7 @@ impl ModelState {
         }
         let id = ticket.entry().id();
         let command = WorkerCommand::Submit(ticket.entry().to_request());
-        self.running.insert(id, Running { ticket, stalled: false });
+        self.running.insert(id, Running { ticket, since: Instant::now(), stalled: false });
         self.send(command);
     }
 
@@ -413,6 +415,7 @@ impl ModelState {
             WorkerEvent::Progress(progress) => live.progress = Some(progress),
             WorkerEvent::Ready(ready) => self.on_ready(ready),
             WorkerEvent::Refused { id, error } => self.on_failed(id, Failure::Request(error)),
+            WorkerEvent::Begun(begun) => begun.into_iter().for_each(|(id, waited)| self.on_begun(id, waited)),
             WorkerEvent::Step(events) => events.into_iter().for_each(|event| self.on_engine_event(event)),
             WorkerEvent::Heartbeat(heartbeat) => self.on_heartbeat(heartbeat),
             WorkerEvent::Failed(error) => live.end = live.end.take().or(Some(end_of(error))),
@@ -444,6 +447,13 @@ impl ModelState {
         self.args.router.tell(RouterMsg::Computed { replica, tokens });
         if heartbeat.step_age.is_some_and(|age| age > self.args.supervision.step_timeout) {
             self.kill(WorkerEnd::Hung);
+        }
+    }
+
+    fn on_begun(&mut self, id: RequestId, waited: Duration) {
+        if let Some(Running { ticket, since, .. }) = self.running.get_mut(&id) {
+            // What a worker says may be nonsense; a time that does not exist is not recorded.
+            since.checked_add(waited).into_iter().for_each(|at| ticket.entry_mut().on_begun(at));
         }
     }
 

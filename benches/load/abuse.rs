@@ -109,7 +109,8 @@ pub(crate) async fn run(args: Args) -> Report {
     let mut house = vec!["house".to_owned(), format!("--step-us={}", args.kind.step_us())];
     // All of the bad ones at a time, and room for the good.
     let connections = args.connections.unwrap_or(args.kind.connections());
-    house.extend(args.places.map(|places| format!("--places={places}")));
+    let places = args.places.or(args.kind.places());
+    house.extend(places.map(|places| format!("--places={places}")));
     let mut house = Part::start(&house);
     let address: SocketAddr = house.line().parse().expect("the house says where it is");
     let process = house.child.id().to_string();
@@ -135,7 +136,11 @@ pub(crate) async fn run(args: Args) -> Report {
                 wait(Duration::from_millis(100)).await;
             }
         };
-        let war = tokio::select! { war = good(seconds) => war, () = sampling => unreachable!("it goes on") };
+        let war = async {
+            wait(args.kind.settles_in()).await;
+            good(seconds).await
+        };
+        let war = tokio::select! { war = war => war, () = sampling => unreachable!("it goes on") };
         told.push(serde_json::from_str::<Value>(&attacker.stop()).unwrap_or_default());
         n_failed += peace.n_failed() + war.n_failed();
         ratios.push(quantile(war.ttft(), 0.99) / quantile(peace.ttft(), 0.99));
@@ -145,14 +150,14 @@ pub(crate) async fn run(args: Args) -> Report {
         wait(Duration::from_secs(1)).await;
     }
     let ratio = (quantile(attacked.clone(), 0.99) / quantile(calm.clone(), 0.99) * 1000.0).round() / 1000.0;
-    let growth = (most - before).round();
+    let growth = ((most - before) * f64::from(1 << 20) / 1e6).round();
     let musts = vec![
         Must::at_most("times the quiet p99 time to first token", 1.2, ratio),
-        Must::at_most("MiB that the house's memory grew by", 200.0, growth),
+        Must::at_most("MB that the house's memory grew by", 200.0, growth),
         Must::at_most("good requests that failed", 0.0, n_failed as f64),
     ];
     let figures = json!({
-        "kind": args.kind.name(), "connections": connections, "places": args.places, "good_per_second": rate,
+        "kind": args.kind.name(), "connections": connections, "places": places, "good_per_second": rate,
         "quiet_ttft_ms": quantiles(calm), "attacked_ttft_ms": quantiles(attacked),
         "p99_ratio": ratio, "p99_ratio_by_round": ratios.iter().map(|r| (r * 1000.0).round() / 1000.0).collect::<Vec<_>>(),
         "rss_mib_before": before.round(), "rss_mib_most": most.round(), "attacker": told,

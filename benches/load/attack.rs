@@ -36,6 +36,17 @@ impl Kind {
         }
     }
 
+    /// Places of the house, where the default of a configuration is not what is meant. Whoever has a stream that runs keeps
+    /// its place until it is cut; how many an address or a key may have is another bound.
+    pub(crate) fn places(self) -> Option<u32> {
+        matches!(self, Self::StalledReaders).then_some(4096)
+    }
+
+    /// From its beginning until it does what it is for: streams stall when the buffers of both kernels are full.
+    pub(crate) fn settles_in(self) -> Duration {
+        Duration::from_secs(if matches!(self, Self::StalledReaders) { 10 } else { 0 })
+    }
+
     /// Microseconds of a step of the house's engine. Streams that nobody reads are made by an engine like any other; the
     /// others do not come to one, and it shall hide nothing of what they cost.
     pub(crate) fn step_us(self) -> u64 {

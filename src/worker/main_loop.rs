@@ -15,11 +15,12 @@ use super::load::{Loaded, WorkerEngine, is_gpu, load};
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, bounded};
 use playhouse_actors::engine::{
     Engine, EngineError, EngineEvent, EngineRequest, EngineStats, LoadPhase, LoadProgress, RequestError, RequestId,
+    StepReport, StepTokens,
 };
 use playhouse_actors::messages::{Heartbeat, WorkerCommand, WorkerEvent, WorkerReady, WorkerSpec};
 use playhouse_actors::policy::outcome::{EXIT_BAD_MODEL, EXIT_WRONG_DEVICE};
 use std::any::Any;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -171,8 +172,14 @@ fn work(task: Task, pulse: &Pulse) -> Result<End, End> {
         kv_min_bytes: loaded.kv_min_bytes,
         stats,
     }))?;
-    let mut service =
-        Service { task: &task, engine: Box::new(loaded.engine), refused: HashSet::new(), n_failed_steps: 0 };
+    let mut service = Service {
+        task: &task,
+        engine: Box::new(loaded.engine),
+        waiting: HashMap::new(),
+        step_tokens: StepTokens::default(),
+        refused: HashSet::new(),
+        n_failed_steps: 0,
+    };
     let end = service.serve(pulse);
     let Service { engine, .. } = service;
     if let Err(End::Failed(error)) = &end {
@@ -219,6 +226,9 @@ fn faults_at_load(spec: &WorkerSpec) -> Result<(), EngineError> {
 struct Service<'a> {
     task: &'a Task,
     engine: Box<WorkerEngine>,
+    /// When the requests came that no step has computed anything of yet.
+    waiting: HashMap<RequestId, Instant>,
+    step_tokens: StepTokens,
     /// Given up for want of memory, and reported; what the engine says of their end is not passed on.
     refused: HashSet<RequestId>,
     /// Steps in a row that found no memory.
@@ -234,8 +244,13 @@ impl Service<'_> {
             }
             pulse.step_begins();
             let mut events = Vec::new();
+            let begins = Instant::now();
             let stepped = self.engine.step(&mut events);
-            pulse.step_ends(self.engine.stats());
+            if let Ok(StepReport { n_prefill_tokens, n_decode_tokens, n_sequences: 1.., .. }) = stepped {
+                self.step_tokens.observe(n_prefill_tokens + n_decode_tokens);
+            }
+            pulse.step_ends(EngineStats { step_tokens: self.step_tokens, ..self.engine.stats() });
+            self.tell_begun(begins)?;
             self.tell_step(events)?;
             busy = match stepped {
                 Ok(report) => {
@@ -284,13 +299,27 @@ impl Service<'_> {
     fn submit(&mut self, request: EngineRequest) -> Result<(), End> {
         let id = request.id;
         match self.engine.submit(request) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.waiting.insert(id, Instant::now());
+                Ok(())
+            }
             Err(error) => self.tell(WorkerEvent::Refused { id, error }),
         }
     }
 
     fn tell(&self, event: WorkerEvent) -> Result<(), End> {
         self.task.host.tell(event).map_err(|HostGone| End::HostGone)
+    }
+
+    /// Tells of the requests that are no longer waiting since the step that began at `begins`.
+    fn tell_begun(&mut self, begins: Instant) -> Result<(), End> {
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
+        let scheduler = self.engine.scheduler();
+        let begun = self.waiting.extract_if(|id, _| !scheduler.is_waiting(*id));
+        let begun: Vec<_> = begun.map(|(id, came)| (id, begins.saturating_duration_since(came))).collect();
+        if begun.is_empty() { Ok(()) } else { self.tell(WorkerEvent::Begun(begun)) }
     }
 
     fn tell_step(&mut self, mut events: Vec<EngineEvent>) -> Result<(), End> {

@@ -132,6 +132,7 @@ fn run(
         WorkerReady { pid: None, n_ctx: loaded.n_ctx, n_vocab: loaded.n_vocab, kv_min_bytes: 1, stats: engine.stats() };
     let _ = events.blocking_send(WorkerEvent::Ready(ready));
     let (mut busy, mut out) = (false, Vec::<EngineEvent>::new());
+    let mut waiting = std::collections::HashMap::new();
     let mut beat = std::time::Instant::now();
     loop {
         if killed.load(Ordering::Relaxed) {
@@ -143,7 +144,10 @@ fn run(
             Some(WorkerCommand::Submit(request)) => {
                 let id = request.id;
                 match engine.submit(request) {
-                    Ok(()) => busy = true,
+                    Ok(()) => {
+                        waiting.insert(id, std::time::Instant::now());
+                        busy = true;
+                    }
                     Err(error) => drop(events.blocking_send(WorkerEvent::Refused { id, error })),
                 }
                 // Take in whatever else waits before the next step.
@@ -159,12 +163,22 @@ fn run(
             None => {}
         }
         if busy {
+            let begins = std::time::Instant::now();
             match engine.step(&mut out) {
                 Ok(report) => busy = report.busy,
                 Err(error) => {
                     let _ = events.blocking_send(WorkerEvent::Failed(error));
                     return WorkerEnd::Exited(1);
                 }
+            }
+            // Prompts are short here: the step that begins with a request brings its first token.
+            let begun = out.iter().filter_map(|event| match event {
+                EngineEvent::Token { id, index: 0, .. } => Some((*id, begins.duration_since(waiting.remove(id)?))),
+                _ => None,
+            });
+            let begun: Vec<_> = begun.collect();
+            if !begun.is_empty() && events.blocking_send(WorkerEvent::Begun(begun)).is_err() {
+                return WorkerEnd::Exited(0);
             }
             if !out.is_empty() && events.blocking_send(WorkerEvent::Step(std::mem::take(&mut out))).is_err() {
                 return WorkerEnd::Exited(0);
