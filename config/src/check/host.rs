@@ -83,12 +83,14 @@ impl Checker {
         PathBuf::from(path.value())
     }
 
+    /// What the file says is relative to the file; what the environment or an argument says, to where the program runs.
     fn file(&mut self, path: Option<&At<String>>, folder: &Path) -> Option<PathBuf> {
         let path = path?;
         if path.value().is_empty() {
             self.report.add(path.span(), "the path of a file is empty");
         }
-        Some(folder.join(path.value()))
+        let is_of_file = self.report.sources.is_of_file(&path.span());
+        Some(if is_of_file { folder.join(path.value()) } else { PathBuf::from(path.value()) })
     }
 
     fn tls(&mut self, raw: &RawTls, folder: &Path) -> Option<Tls> {
