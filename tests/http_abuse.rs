@@ -295,7 +295,7 @@ async fn absurd_heads_are_refused() {
 async fn a_key_has_its_share_of_streams() {
     let (house, _) = chatterbox(|setup| {
         setup.settings.api_keys = ["sk-moon", "sk-river"].into_iter().collect();
-        setup.settings.streams_per_key = Some(1);
+        setup.settings.per_key.streams = Some(1);
     })
     .await;
     let body = json!({"model": "basho", "prompt": "a", "max_tokens": 1_000_000, "stream": true});

@@ -10,7 +10,7 @@ mod io;
 mod tls;
 
 use super::error::ServeError;
-use super::{App, guard, routes};
+use super::{App, fresh, guard, routes};
 use axum::body::Body;
 use axum::http::Request;
 use door::{Conn, Door};
@@ -52,18 +52,19 @@ const H2_WINDOWS: (u32, u32) = (256 << 10, 1 << 20);
 const H2_RESETS_MAX: usize = 20;
 /// Bytes that the kernel holds for a reader that takes nothing. Left alone it would hold megabytes, for each of them.
 const SEND_BUFFER: usize = 128 << 10;
-/// For clients that come when every place is taken by a request in flight.
-const FULL: &[u8] =
-    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
 /// After a failed `accept` (no descriptors left, usually) the next one is tried this much later.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves TCP until `stop`.
 pub(super) async fn serve_tcp(app: App, listener: TcpListener, stop: CancellationToken) -> Result<(), ServeError> {
     let address = listener.local_addr()?;
+    app.read_keys()?;
     check_exposure(&app, address)?;
     let tls = app.settings.tls.clone().map(tls::Tls::open).transpose()?;
-    let watch = tls.clone().map(|tls| tokio::spawn(tls.watch(stop.clone())));
+    let _watches = [
+        tls.clone().map(|tls| AbortOnDrop(tokio::spawn(tls.watch(app.settings.reread.clone(), stop.clone())))),
+        watch_keys(&app, &stop),
+    ];
     let server = Server::new(app, stop.clone());
     let mut tasks = JoinSet::new();
     loop {
@@ -79,12 +80,15 @@ pub(super) async fn serve_tcp(app: App, listener: TcpListener, stop: Cancellatio
         // Tokens are small and each is wanted at once.
         let _ = socket.set_nodelay(true);
         let _ = rustix::net::sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER);
-        let Some(conn) = server.door.enter() else {
-            if tls.is_none() {
-                // A courtesy: whoever cannot take it at once does not get it.
-                let _ = socket.try_write(FULL);
+        let conn = match server.door.enter(Some(peer.ip())) {
+            Ok(conn) => conn,
+            Err(full) => {
+                if tls.is_none() {
+                    // A courtesy: whoever cannot take it at once does not get it.
+                    let _ = socket.try_write(full.answer());
+                }
+                continue;
             }
-            continue;
         };
         let (server, tls) = (server.clone(), tls.clone());
         tasks.spawn(async move {
@@ -105,10 +109,28 @@ pub(super) async fn serve_tcp(app: App, listener: TcpListener, stop: Cancellatio
     }
     drop(listener);
     server.drain(tasks).await;
-    if let Some(watch) = watch {
-        watch.abort();
-    }
     Ok(())
+}
+
+/// A task that ends with its owner.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Looks after the files of keys, if there are any.
+fn watch_keys(app: &App, stop: &CancellationToken) -> Option<AbortOnDrop> {
+    let files = app.key_files();
+    if files.is_empty() {
+        return None;
+    }
+    let (app, reread, every) = (app.clone(), app.settings.reread.clone(), app.settings.look_every);
+    // A file without keys is an error: keys that were asked for once do not stop being asked for.
+    let read = move || app.read_keys();
+    Some(AbortOnDrop(tokio::spawn(fresh::watch(files, every, reread, stop.clone(), read))))
 }
 
 /// Serves a Unix socket until `stop`.
@@ -125,7 +147,7 @@ pub(super) async fn serve_unix(app: App, listener: UnixListener, stop: Cancellat
                 Err(error) => { pause_after(&error).await; continue }
             },
         };
-        let Some(conn) = server.door.enter() else { continue };
+        let Ok(conn) = server.door.enter(None) else { continue };
         let server = server.clone();
         tasks.spawn(async move {
             let io = GuardedIo::new(socket, conn.clone(), server.app.settings.limits.client_timeout);
@@ -141,7 +163,7 @@ fn check_exposure(app: &App, address: SocketAddr) -> Result<(), ServeError> {
     if address.ip().is_loopback() || settings.insecure {
         return Ok(());
     }
-    let missing = match (settings.api_keys.is_empty(), settings.tls.is_none()) {
+    let missing = match (app.keys.load().users.is_empty(), settings.tls.is_none()) {
         (true, true) => "are neither API keys nor a certificate",
         (true, false) => "are no API keys",
         (false, true) => "is no certificate",
@@ -166,7 +188,7 @@ struct Server {
 
 impl Server {
     fn new(app: App, stop: CancellationToken) -> Self {
-        let door = Arc::new(Door::new(app.settings.limits.connections));
+        let door = Arc::new(Door::new(&app.settings.limits));
         let http = Arc::new(builder(&app));
         Self { router: routes::router(&app), app, door, http, stop }
     }
