@@ -42,11 +42,7 @@ pub(in crate::http) async fn chat(
     };
     let n_prompt = stream.prompt().len() as u64;
     meter.accepted(n_prompt);
-    let chat = Chat {
-        head: Head::new(&app, "chatcmpl-", &card.name),
-        texts: TokenTexts(card.clone()),
-        n_prompt,
-    };
+    let chat = Chat { head: Head::new(&app, "chatcmpl-", &card.name), texts: TokenTexts(card.clone()), n_prompt };
     let choices = choices(&card, syntax, &stream);
     let running = Running::new(meter, place, app.settings.keep_alive, n_prompt);
     if body.stream.unwrap_or(false) {
