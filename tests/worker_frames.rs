@@ -441,6 +441,4 @@ fn a_worker_takes_the_memory_that_was_planned() {
     let refused = |config: Model| sizing::demand(&config, &model).expect_err("refused");
     let longer = Model { context: Some(1 << 30), ..Model::embedded_default() };
     assert!(matches!(refused(longer), SizingError::Context { context: 0x4000_0000, .. }));
-    let bf16 = Model { kv_type: KvType::Bf16, ..Model::embedded_default() };
-    assert_eq!(refused(bf16), SizingError::KvType(KvType::Bf16));
 }
