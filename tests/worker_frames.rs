@@ -11,6 +11,7 @@ use playhouse_actors::engine::{
     Logprob, RequestError, RequestId, SamplingParams, Task, TokenLogprobs, Usage,
 };
 use playhouse_actors::messages::{Heartbeat, WorkerCommand, WorkerEvent, WorkerReady};
+use playhouse_actors::policy::ladder::RungCounts;
 use playhouse_config::Model;
 use playhouse_config::checked::KvType;
 use proptest::collection::vec;
@@ -155,7 +156,7 @@ fn engine_event() -> impl Strategy<Value = EngineEvent> {
 }
 
 fn stats() -> impl Strategy<Value = EngineStats> {
-    any::<([u32; 5], [u64; 10])>().prop_map(|(n, m)| EngineStats {
+    any::<([u32; 5], [u64; 15])>().prop_map(|(n, m)| EngineStats {
         running: n[0],
         waiting: n[1],
         queued_tokens: m[0],
@@ -171,6 +172,13 @@ fn stats() -> impl Strategy<Value = EngineStats> {
         weight_bytes: m[7],
         kv_bytes: m[8],
         scratch_bytes: m[9],
+        oom: RungCounts {
+            drop_prefix_cache: m[10],
+            preempt: m[11],
+            refuse: m[12],
+            shrink_kv: m[13],
+            quarantine: m[14],
+        },
     })
 }
 

@@ -322,6 +322,8 @@ impl<M: StepModel> Engine for LlmEngine<M> {
             weight_bytes: memory.weights,
             kv_bytes: memory.kv,
             scratch_bytes: memory.scratch,
+            // What to give up when a step finds no memory is decided by whoever drives the engine.
+            ..EngineStats::default()
         }
     }
 

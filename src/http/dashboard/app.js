@@ -226,7 +226,7 @@ function duration(total) {
 const LOG_MAX = 300;
 
 function eventText(entry) {
-  const { number, at_ms, event, ...rest } = entry;
+  const { number, unix_ms, event, ...rest } = entry;
   const shown = Object.entries(rest).map(([name, value]) => {
     if (name === "replica") return `${value.model}/${value.index}`;
     if (name === "end") return endText(value);
@@ -237,7 +237,7 @@ function eventText(entry) {
 }
 
 function eventView(entry) {
-  const time = new Date(entry.at_ms);
+  const time = new Date(entry.unix_ms);
   return el("li", { "data-event": entry.event },
     el("time", { datetime: time.toISOString(), text: time.toLocaleTimeString() }), eventText(entry));
 }

@@ -8,7 +8,8 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use playhouse_actors::HouseStatus;
 use playhouse_actors::inventory::Device;
-use playhouse_actors::messages::{Phase, ReplicaStatus, RouterStatus};
+use playhouse_actors::messages::{ReplicaStatus, RouterStatus};
+use playhouse_actors::policy::ladder::Rung;
 use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::encoding::{EncodeGaugeValue, EncodeLabelSet};
 use prometheus_client::metrics::counter::Counter;
@@ -30,7 +31,7 @@ pub(in crate::http) async fn scrape(State(app): State<App>) -> Result<Response, 
         now.memory(status, &devices);
     }
     now.devices(&devices);
-    now.events(&app, status.as_ref());
+    now.events(&app);
     let mut text = String::new();
     encode_registry(&mut text, &app.metrics.registry)
         .and_then(|()| encode_registry(&mut text, &now.registry))
@@ -189,7 +190,7 @@ impl Snapshot {
         let help = "1 for the state that a replica is in";
         let state = |replica: &ReplicaStatus| {
             let ReplicaLabels { model, device, replica: index } = labels(replica);
-            (PhaseLabels { model, device, replica: index, state: phase(replica.phase) }, 1.0)
+            (PhaseLabels { model, device, replica: index, state: replica.phase.name() }, 1.0)
         };
         self.gauges("playhouse_replica_state", help, all(status).map(state));
         let help = "Workers started so far";
@@ -208,6 +209,12 @@ impl Snapshot {
             (DeviceLabels { device: d.device.to_string() }, f64::from(u8::from(d.quarantined.is_some())))
         };
         self.gauges("playhouse_device_quarantined", help, status.devices.iter().map(given_up));
+        let rungs = status.devices.iter().flat_map(|d| {
+            let labels =
+                |(rung, times): (Rung, u64)| (RungLabels { device: d.device.to_string(), rung: rung.name() }, times);
+            d.oom.taken().map(labels)
+        });
+        self.counters("playhouse_oom_ladder", "What was given up because memory ran out", rungs);
     }
 
     /// What the engines count, by replica under our names and by model under vLLM's.
@@ -291,30 +298,14 @@ impl Snapshot {
         }
     }
 
-    fn events(&mut self, app: &App, status: Option<&HouseStatus>) {
+    fn events(&mut self, app: &App) {
         let counts = app.control.events().counts();
-        // Workers that were started before anybody recorded have no place in the record.
-        let place = |model: &str, index: u32| {
-            let replica = all(status?).find(|r| r.replica.model == model && r.replica.index == index)?;
-            Some(replica.device.to_string())
-        };
-        let restarts = counts.restarts.into_iter().map(|((model, replica, device, reason), count)| {
-            let device = if device.is_empty() { place(&model, replica).unwrap_or_default() } else { device };
-            (RestartLabels { model, device, replica, reason }, count)
-        });
+        let restarts = counts
+            .restarts
+            .into_iter()
+            .map(|((model, replica, device, reason), count)| (RestartLabels { model, device, replica, reason }, count));
         let help = "Workers that ended without being asked to, by reason";
         self.counters("playhouse_actor_restarts", help, restarts);
-        let rungs = counts.oom_rungs.into_iter().map(|((device, rung), count)| {
-            let rung = match rung {
-                playhouse_actors::policy::ladder::Rung::DropPrefixCache => "drop_prefix_cache",
-                playhouse_actors::policy::ladder::Rung::Preempt => "preempt",
-                playhouse_actors::policy::ladder::Rung::Refuse => "refuse",
-                playhouse_actors::policy::ladder::Rung::ShrinkKv => "shrink_kv",
-                playhouse_actors::policy::ladder::Rung::Quarantine => "quarantine",
-            };
-            (RungLabels { device, rung }, count)
-        });
-        self.counters("playhouse_oom_ladder", "What was given up because memory ran out", rungs);
         let xids = counts.xids.into_iter().map(|((device, xid), count)| (XidLabels { device, xid }, count));
         self.counters("playhouse_gpu_xid", "XIDs that the driver reported", xids);
         let given_up = counts.quarantines.into_iter().map(|(device, count)| (DeviceLabels { device }, count));
@@ -332,18 +323,4 @@ fn all(status: &HouseStatus) -> impl Iterator<Item = &ReplicaStatus> {
 fn labels(replica: &ReplicaStatus) -> ReplicaLabels {
     let model = replica.replica.model.clone();
     ReplicaLabels { model, device: replica.device.to_string(), replica: replica.replica.index }
-}
-
-fn phase(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Waiting => "waiting",
-        Phase::Loading => "loading",
-        Phase::Ready => "ready",
-        Phase::Stopping => "stopping",
-        Phase::Down => "down",
-        Phase::Backoff => "backoff",
-        Phase::Quarantined => "quarantined",
-        Phase::Failed => "failed",
-        Phase::Stopped => "stopped",
-    }
 }
