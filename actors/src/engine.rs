@@ -3,6 +3,7 @@
 //! An engine knows tokens, never text. It is owned by one OS thread, blocks in [`Engine::step`], and is driven:
 //! submit and cancel between steps, one step at a time.
 
+use crate::policy::ladder::RungCounts;
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
 
@@ -370,6 +371,8 @@ pub struct EngineStats {
     pub kv_bytes: u64,
     /// Bytes of scratch.
     pub scratch_bytes: u64,
+    /// What the worker gave up for want of memory since load.
+    pub oom: RungCounts,
 }
 
 /// A model on a device, ready to generate. Built by a loader on the thread that will own it.

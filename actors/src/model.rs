@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!             slot free            Ready                       Stop, Recycle
-//! [Waiting] ------------> [Loading] -----> [Ready] --------------------------> [Stopping]
+//! [Waiting] ------------> [Loading] -----> [Ready] --------------------------> [Stopping]     (from Loading: killed)
 //!     ^                       |               |                                     | Exited
 //!     |      load_timeout,    |  Exited,      | Exited, step_timeout, missed        v
 //!     |      Failed: killed   +-------------> | heartbeat, broken rules: killed  [Stopped], or [Waiting] if recycled
@@ -26,6 +26,7 @@ use crate::messages::{
     Failure, Generate, Heartbeat, HouseEvent, Phase, Refusal, ReplicaId, ReplicaStatus, Terminal, WorkerCommand,
     WorkerEvent, WorkerReady, WorkerSpec,
 };
+use crate::policy::ladder::RungCounts;
 use crate::policy::outcome::WorkerEnd;
 use crate::policy::restart::Decision;
 use crate::router::{RouterHandle, RouterMsg};
@@ -111,6 +112,13 @@ pub enum Report {
         /// KV below this is useless.
         kv_min_bytes: u64,
     },
+    /// A worker gave something up for want of memory, since the last such report.
+    GaveUp {
+        /// Whose.
+        replica: ReplicaId,
+        /// What.
+        rungs: RungCounts,
+    },
     /// A worker is no more; [`ModelMsg::Decided`] or [`ModelMsg::GiveUp`] is the answer.
     Ended {
         /// Whose.
@@ -175,6 +183,8 @@ struct Live {
     ready: Option<WorkerReady>,
     heartbeat: Option<Heartbeat>,
     computed: u64,
+    /// What it gave up for want of memory, as reported.
+    rungs: RungCounts,
     /// Commands that did not fit into the worker's queue.
     outbox: VecDeque<WorkerCommand>,
 }
@@ -392,6 +402,7 @@ impl ModelState {
                     ready: None,
                     heartbeat: None,
                     computed: 0,
+                    rungs: RungCounts::default(),
                     outbox: VecDeque::new(),
                 });
                 tokio::spawn(pump(receiver, incarnation, self.me.clone(), slot));
@@ -444,7 +455,12 @@ impl ModelState {
         let computed = heartbeat.stats.prefill_tokens + heartbeat.stats.decode_tokens;
         let tokens = computed.saturating_sub(live.computed);
         live.computed = computed;
-        self.args.router.tell(RouterMsg::Computed { replica, tokens });
+        let rungs = heartbeat.stats.oom.since(live.rungs);
+        live.rungs = heartbeat.stats.oom;
+        self.args.router.tell(RouterMsg::Computed { replica: replica.clone(), tokens });
+        if rungs != RungCounts::default() {
+            self.report(Report::GaveUp { replica, rungs });
+        }
         if heartbeat.step_age.is_some_and(|age| age > self.args.supervision.step_timeout) {
             self.kill(WorkerEnd::Hung);
         }
@@ -642,13 +658,18 @@ impl ModelState {
         }
     }
 
-    /// Tells the worker to end; its requests go on elsewhere.
+    /// Tells the worker to end; its requests go on elsewhere. One that still loads is killed: it has nothing to finish, and
+    /// hears no command before it has loaded, which can take minutes or for ever.
     fn end_worker(&mut self) {
+        let is_loading = self.phase == Phase::Loading;
         self.set_phase(Phase::Stopping);
         self.args.router.tell(RouterMsg::ReplicaDown(self.replica()));
         self.give_tickets_back(false);
         if let Some(live) = &mut self.live {
             live.told_to_end = Some(Instant::now());
+            if is_loading {
+                return live.link.kill();
+            }
         }
         self.send(WorkerCommand::Shutdown);
     }

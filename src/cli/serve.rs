@@ -13,9 +13,13 @@ use std::fmt::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+
+/// For blocking calls that are under way when everything else has ended.
+const LEFT_BEHIND: Duration = Duration::from_millis(500);
 
 /// The flags of `serve`.
 #[derive(Debug, clap::Args)]
@@ -85,7 +89,10 @@ impl RunCommand for Args {
         telemetry::start(config.host.log).map_err(CliError::usage)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
         let runtime = runtime.map_err(|error| CliError::new(Exit::Transient, error))?;
-        runtime.block_on(serve(config, overrides))
+        let ended = runtime.block_on(serve(config, overrides));
+        // A read that hangs, such as that of a reload from a network that is gone, does not keep a host that was stopped.
+        runtime.shutdown_timeout(LEFT_BEHIND);
+        ended
     }
 }
 

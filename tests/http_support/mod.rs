@@ -9,10 +9,11 @@ pub(crate) mod frames;
 
 use playhouse::backend::KvDtype;
 use playhouse::backend::cpu::CpuBackend;
-use playhouse::client::{Catalog, Client, ModelCard, open_source};
+use playhouse::client::{Catalog, Client, ModelCard};
 use playhouse::engine::{EngineOptions, LlmEngine, Runner, RunnerLimits};
-use playhouse::http::control::{BoxFuture, ConfiguredModel, Control, ControlError, EventLog};
+use playhouse::http::control::{BoxFuture, ConfiguredModel, Control, ControlError};
 use playhouse::http::{BuildInfo, Front, HttpSettings};
+use playhouse_actors::EventLog;
 use playhouse_actors::engine::{Engine, EngineEvent, LoadPhase, LoadProgress};
 use playhouse_actors::inventory::{Device, DeviceId, Inventory, InventoryError};
 use playhouse_actors::link::{LinkError, WorkerFactory, WorkerLink};
@@ -44,7 +45,7 @@ pub(crate) type Loader = Arc<dyn Fn(&WorkerSpec) -> Result<Loaded, String> + Sen
 
 /// The real engine over the model that the worker was told to load.
 pub(crate) fn real(spec: &WorkerSpec) -> Result<Loaded, String> {
-    let file = open_source(&spec.source).map_err(|error| error.to_string())?;
+    let file = playhouse::source::open(&spec.source).map_err(|error| error.to_string())?;
     let n_ctx = spec.context.unwrap_or(256) as usize;
     let limits = RunnerLimits::new(n_ctx, spec.max_sequences as usize, KvDtype::F32);
     let runner =
@@ -208,7 +209,6 @@ impl Inventory for NoGpus {
 pub(crate) struct TestControl {
     pub(crate) tree: HouseHandle,
     pub(crate) models: Vec<ConfiguredModel>,
-    pub(crate) log: EventLog,
     /// What was asked for.
     pub(crate) calls: Mutex<Vec<String>>,
 }
@@ -235,7 +235,7 @@ impl Control for TestControl {
     }
 
     fn events(&self) -> &EventLog {
-        &self.log
+        self.tree.log()
     }
 }
 
@@ -339,13 +339,12 @@ impl Setup {
             seed: 1,
         };
         let (tree, _) = HouseHandle::start(args).await.expect("the tree starts");
-        let log = EventLog::record(tree.listen());
         let catalog = Arc::new(arc_swap::ArcSwap::from_pointee(Catalog::new(cards)));
         let client = Client::new(tree.clone(), catalog);
         let configured =
             |model: &Model| ConfiguredModel { name: model.name.clone(), aliases: model.aliases.clone(), wanted: true };
         let models = self.config.models.iter().map(configured).collect();
-        let control = Arc::new(TestControl { tree, models, log, calls: Mutex::default() });
+        let control = Arc::new(TestControl { tree, models, calls: Mutex::default() });
         let listener = TcpListener::bind(self.listen).await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let stop = CancellationToken::new();

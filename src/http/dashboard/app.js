@@ -204,6 +204,8 @@ function deviceView(device, card, memory) {
   if (card?.throttle_reasons?.length) facts.push(`throttled: ${card.throttle_reasons.join(", ")}`);
   if (card?.ecc?.uncorrected) facts.push(many(card.ecc.uncorrected, "memory error"));
   if (device.failures) facts.push(many(device.failures, "failure"));
+  const rungs = Object.entries(device.oom ?? {}).filter(([, times]) => times > 0);
+  if (rungs.length) facts.push(`out of memory: ${rungs.map(([rung, times]) => `${rung.replaceAll("_", " ")} ${times}`).join(", ")}`);
   if (device.quarantined) facts.push(`quarantined: ${device.quarantined}`);
   return el("article", { class: "device", "data-device": device.device },
     el("h3", { text: card?.name || (device.device === "cpu" ? "CPU" : "GPU") }),
@@ -270,7 +272,7 @@ function duration(total) {
 const LOG_MAX = 300;
 
 function eventText(entry) {
-  const { number, at_ms, event, ...rest } = entry;
+  const { number, unix_ms, event, ...rest } = entry;
   const shown = Object.entries(rest).map(([name, value]) => {
     if (name === "replica") return `${value.model}/${value.index}`;
     if (name === "end") return endText(value);
@@ -281,7 +283,7 @@ function eventText(entry) {
 }
 
 function eventView(entry) {
-  const time = new Date(entry.at_ms);
+  const time = new Date(entry.unix_ms);
   return el("li", { "data-event": entry.event },
     el("time", { datetime: time.toISOString(), text: time.toLocaleTimeString() }), eventText(entry));
 }

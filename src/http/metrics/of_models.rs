@@ -161,6 +161,7 @@ mod tests {
     use super::*;
     use playhouse_actors::inventory::DeviceId;
     use playhouse_actors::messages::{DeviceStatus, Phase, ReplicaId, ReplicaStatus, RouterStatus, ServiceStatus};
+    use playhouse_actors::policy::ladder::RungCounts;
     use prometheus_client::encoding::text::encode_registry;
     use std::time::Duration;
 
@@ -195,8 +196,14 @@ mod tests {
             ..EngineStats::default()
         };
         let replicas = vec![replica(0, one), replica(1, one)];
-        let device =
-            DeviceStatus { device: DeviceId::cpu(), quarantined: None, recent_failures: 0, failures: 0, replicas };
+        let device = DeviceStatus {
+            device: DeviceId::cpu(),
+            quarantined: None,
+            recent_failures: 0,
+            failures: 0,
+            oom: RungCounts::default(),
+            replicas,
+        };
         let service = ServiceStatus {
             model: "m".into(),
             ready: 2,

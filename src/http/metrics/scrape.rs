@@ -1,6 +1,5 @@
 //! `/metrics`: what was recorded, and what the house says now.
 
-use super::super::control::EventCounts;
 use super::super::error::ApiError;
 use super::super::{App, BuildInfo};
 use super::{Metrics, ModelLabels};
@@ -8,8 +7,10 @@ use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use playhouse_actors::HouseStatus;
+use playhouse_actors::event_log::EventCounts;
 use playhouse_actors::inventory::Device;
-use playhouse_actors::messages::{Phase, ReplicaStatus, RouterStatus};
+use playhouse_actors::messages::{ReplicaStatus, RouterStatus};
+use playhouse_actors::policy::ladder::Rung;
 use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::encoding::{EncodeGaugeValue, EncodeLabelSet};
 use prometheus_client::metrics::counter::Counter;
@@ -120,7 +121,7 @@ impl Snapshot {
             }
         }
         now.devices(devices);
-        now.events(counts, status);
+        now.events(counts);
         now
     }
 
@@ -185,7 +186,7 @@ impl Snapshot {
         let help = "1 for the state that a replica is in";
         let state = |replica: &ReplicaStatus| {
             let ReplicaLabels { model, device, replica: index } = labels(replica);
-            (PhaseLabels { model, device, replica: index, state: phase(replica.phase) }, 1.0)
+            (PhaseLabels { model, device, replica: index, state: replica.phase.name() }, 1.0)
         };
         self.gauges("playhouse_replica_state", help, all(status).map(state));
         let help = "Workers started so far";
@@ -204,6 +205,12 @@ impl Snapshot {
             (DeviceLabels { device: d.device.to_string() }, f64::from(u8::from(d.quarantined.is_some())))
         };
         self.gauges("playhouse_device_quarantined", help, status.devices.iter().map(given_up));
+        let rungs = status.devices.iter().flat_map(|d| {
+            let labels =
+                |(rung, times): (Rung, u64)| (RungLabels { device: d.device.to_string(), rung: rung.name() }, times);
+            d.oom.taken().map(labels)
+        });
+        self.counters("playhouse_oom_ladder", "What was given up because memory ran out", rungs);
     }
 
     /// What the engines count, by replica.
@@ -263,29 +270,13 @@ impl Snapshot {
         }
     }
 
-    fn events(&mut self, counts: EventCounts, status: Option<&HouseStatus>) {
-        // Workers that were started before anybody recorded have no place in the record.
-        let place = |model: &str, index: u32| {
-            let replica = all(status?).find(|r| r.replica.model == model && r.replica.index == index)?;
-            Some(replica.device.to_string())
-        };
-        let restarts = counts.restarts.into_iter().map(|((model, replica, device, reason), count)| {
-            let device = if device.is_empty() { place(&model, replica).unwrap_or_default() } else { device };
-            (RestartLabels { model, device, replica, reason }, count)
-        });
+    fn events(&mut self, counts: EventCounts) {
+        let restarts = counts
+            .restarts
+            .into_iter()
+            .map(|((model, replica, device, reason), count)| (RestartLabels { model, device, replica, reason }, count));
         let help = "Workers that ended without being asked to, by reason";
         self.counters("playhouse_actor_restarts", help, restarts);
-        let rungs = counts.oom_rungs.into_iter().map(|((device, rung), count)| {
-            let rung = match rung {
-                playhouse_actors::policy::ladder::Rung::DropPrefixCache => "drop_prefix_cache",
-                playhouse_actors::policy::ladder::Rung::Preempt => "preempt",
-                playhouse_actors::policy::ladder::Rung::Refuse => "refuse",
-                playhouse_actors::policy::ladder::Rung::ShrinkKv => "shrink_kv",
-                playhouse_actors::policy::ladder::Rung::Quarantine => "quarantine",
-            };
-            (RungLabels { device, rung }, count)
-        });
-        self.counters("playhouse_oom_ladder", "What was given up because memory ran out", rungs);
         let xids = counts.xids.into_iter().map(|((device, xid), count)| (XidLabels { device, xid }, count));
         self.counters("playhouse_gpu_xid", "XIDs that the driver reported", xids);
         let given_up = counts.quarantines.into_iter().map(|(device, count)| (DeviceLabels { device }, count));
@@ -305,28 +296,14 @@ fn labels(replica: &ReplicaStatus) -> ReplicaLabels {
     ReplicaLabels { model, device: replica.device.to_string(), replica: replica.replica.index }
 }
 
-fn phase(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Waiting => "waiting",
-        Phase::Loading => "loading",
-        Phase::Ready => "ready",
-        Phase::Stopping => "stopping",
-        Phase::Down => "down",
-        Phase::Backoff => "backoff",
-        Phase::Quarantined => "quarantined",
-        Phase::Failed => "failed",
-        Phase::Stopped => "stopped",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::client::{End, Event, Outcome, Token};
     use playhouse_actors::engine::EngineStats;
     use playhouse_actors::inventory::{DeviceId, DeviceProcess, Ecc};
-    use playhouse_actors::messages::{DeviceStatus, ReplicaId, RequestCounters, ServiceStatus};
-    use playhouse_actors::policy::ladder::Rung;
+    use playhouse_actors::messages::{DeviceStatus, Phase, ReplicaId, RequestCounters, ServiceStatus};
+    use playhouse_actors::policy::ladder::RungCounts;
     use std::collections::BTreeSet;
     use std::time::{Duration, Instant};
 
@@ -348,7 +325,10 @@ mod tests {
             last_end: None,
         };
         let replicas = vec![replica];
-        let ours = DeviceStatus { device, quarantined: Some("why".into()), recent_failures: 1, failures: 1, replicas };
+        let mut oom = RungCounts::default();
+        Rung::ALL.into_iter().for_each(|rung| oom.add(rung, 1));
+        let quarantined = Some("why".into());
+        let ours = DeviceStatus { device, quarantined, recent_failures: 1, failures: 1, oom, replicas };
         let service = ServiceStatus {
             model: "m".into(),
             ready: 1,
@@ -375,7 +355,6 @@ mod tests {
         };
         let counts = EventCounts {
             restarts: [(("m".into(), 0, "GPU-a".into(), "signalled"), 1)].into(),
-            oom_rungs: [(("GPU-a".into(), Rung::ShrinkKv), 1)].into(),
             xids: [(("GPU-a".into(), 43), 1)].into(),
             quarantines: [("GPU-a".into(), 1)].into(),
             ..EventCounts::default()
