@@ -39,6 +39,7 @@ pub mod journal;
 pub mod stream;
 
 pub mod device_supervisor;
+pub mod event_log;
 pub mod events;
 pub mod house;
 pub mod inventory_actor;
@@ -47,6 +48,7 @@ pub mod router;
 
 pub mod sim;
 
+pub use event_log::{EventLog, Stamped};
 pub use house::{HouseArgs, HouseHandle};
-pub use messages::{Generate, HouseEvent, HouseStatus, Refusal, StreamEvent, Terminal};
+pub use messages::{Drained, Generate, HouseEvent, HouseStatus, Refusal, StreamEvent, Terminal};
 pub use stream::TokenStream;

@@ -54,7 +54,11 @@ pub(crate) fn check(path: &PathBuf, verdicts: &mut Verdicts) -> Result<(), Troub
     let summary = if differs.is_empty() { "all identical to the bit".into() } else { differs.join("; ") };
     verdicts.line(
         differs.is_empty() && is_text,
-        &format!("determinism {name}: {} runs x {} prompts, {n_tokens} tokens each: {summary}", runs.len(), PROMPTS.len()),
+        &format!(
+            "determinism {name}: {} runs x {} prompts, {n_tokens} tokens each: {summary}",
+            runs.len(),
+            PROMPTS.len()
+        ),
     );
     Ok(())
 }

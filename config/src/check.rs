@@ -1,25 +1,24 @@
-//! Judges the raw configuration. Goes on after a problem, so that one run reports all of them.
+//! Judges the raw configuration. Goes on after a problem, so that one run reports all of them. `host` judges `[host]`.
+
+mod host;
 
 use crate::checked::{
-    ApiKey, Backoff, Config, EMBEDDED, Host, Limits, MemoryLimit, Model, ModelSource, Replicas, SimulatedDevice, Supervision,
+    Backoff, Config, EMBEDDED, MemoryLimit, Model, ModelSource, Replicas, SimulatedDevice, Supervision,
 };
 use crate::device::{DeviceSelector, Devices, PciBusId, is_uuid};
 use crate::error::{ConfigError, Report, did_you_mean};
 use crate::overrides::Overrides;
 use crate::raw::{
-    RawBackoff, RawBudget, RawConfig, RawDefaults, RawDevice, RawDevices, RawDuration, RawHost, RawLimit, RawLimits, RawModel,
-    RawReplicas, RawSimulatedDevice, RawSize, RawSupervision,
+    RawBackoff, RawBudget, RawConfig, RawDefaults, RawDevice, RawDevices, RawDuration, RawLimit, RawModel, RawReplicas,
+    RawSimulatedDevice, RawSupervision,
 };
 use crate::source::At;
 use crate::units::{Bytes, UnitError, parse_duration, parse_size};
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::ops::{Range, RangeInclusive};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-/// A path longer than this cannot be the name of a Unix socket (`sun_path`, less the final zero).
-const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// Longest name of a model or an alias.
 const NAME_CHARS_MAX: usize = 128;
 
@@ -84,7 +83,7 @@ impl Checker {
             let found = self.report.add(version.span(), format!("version {} is not known", version.value()));
             found.help = Some("this program reads version 1".into());
         }
-        let host = self.host(&raw.host);
+        let host = self.host(&raw.host, folder);
         let supervision = self.supervision(&raw.supervision);
         let simulate = self.simulate(&raw.simulate.device);
         let defaults = self.defaults(&raw.defaults);
@@ -97,89 +96,6 @@ impl Checker {
             models = vec![Model { name: embedded.name, source: embedded.source, devices, replicas, ..defaults }];
         }
         Config { path: None, host, models, supervision, simulate }
-    }
-
-    fn host(&mut self, raw: &RawHost) -> Host {
-        let default = Host::default();
-        let address = raw.address.as_ref().and_then(|text| self.address(text)).unwrap_or(default.address);
-        let api_keys = self.api_keys(raw.api_keys.as_deref().unwrap_or_default());
-        if let Some(text) = raw.address.as_ref().filter(|_| !address.ip().is_loopback() && api_keys.is_empty()) {
-            let message = format!("{address} can be reached from other machines and there are no `api_keys`");
-            let help = "set `api_keys` in [host], or listen on 127.0.0.1";
-            self.report.add(text.span(), message).help = Some(help.into());
-        }
-        Host {
-            address,
-            admin_socket: raw.admin_socket.as_ref().map(|path| self.socket_path(path)),
-            api_keys,
-            drain: self.duration(&raw.drain, default.drain),
-            log: raw.log.as_ref().map_or(default.log, |log| *log.value()),
-            limits: self.limits(&raw.limits),
-        }
-    }
-
-    fn address(&mut self, text: &At<String>) -> Option<SocketAddr> {
-        let numeric = text.value().replacen("localhost:", "127.0.0.1:", 1);
-        if let Ok(address) = numeric.parse() {
-            return Some(address);
-        }
-        let help = match text.value().parse::<std::net::IpAddr>() {
-            Ok(ip) => format!("a port is missing: write `{}`", SocketAddr::new(ip, 7070)),
-            Err(_) => "write an IP address and a port, such as `127.0.0.1:7070` or `[::1]:7070`".into(),
-        };
-        self.report.add(text.span(), format!("`{}` is not an address", text.value())).help = Some(help);
-        None
-    }
-
-    fn socket_path(&mut self, path: &At<String>) -> PathBuf {
-        let len = path.value().len();
-        if len == 0 || len > SOCKET_PATH_BYTES_MAX {
-            let message = format!("a socket's path has 1 to {SOCKET_PATH_BYTES_MAX} bytes, this one has {len}");
-            self.report.add(path.span(), message);
-        }
-        PathBuf::from(path.value())
-    }
-
-    fn api_keys(&mut self, raw: &[At<String>]) -> Vec<ApiKey> {
-        let mut seen: HashMap<&str, Range<usize>> = HashMap::new();
-        for key in raw {
-            if key.value().is_empty() || !key.value().bytes().all(|byte| byte.is_ascii_graphic()) {
-                let message = "a key is not empty and has only visible ASCII characters";
-                self.report.add(key.span(), message).hide_values();
-            }
-            if let Some(first) = seen.insert(key.value(), key.span()) {
-                let found = self.report.add_related(key.span(), "this key is there twice", first, "first here");
-                found.hide_values();
-            }
-        }
-        raw.iter().map(|key| ApiKey::new(key.value().clone())).collect()
-    }
-
-    fn limits(&mut self, raw: &RawLimits) -> Limits {
-        let default = Limits::default();
-        Limits {
-            connections: self.number(&raw.connections, default.connections, 1..=1_000_000),
-            body_bytes: self.body(&raw.body, default.body_bytes),
-            header_timeout: self.positive(&raw.header_timeout, default.header_timeout),
-            body_timeout: self.positive(&raw.body_timeout, default.body_timeout),
-            idle_timeout: self.positive(&raw.idle_timeout, default.idle_timeout),
-            request_timeout: self.positive(&raw.request_timeout, default.request_timeout),
-            queued_requests: self.number(&raw.queued_requests, default.queued_requests, 1..=1_000_000),
-            queued_tokens: self.number(&raw.queued_tokens, default.queued_tokens, 1..=1 << 40),
-            stream_events: self.number(&raw.stream_events, default.stream_events, 1..=65_536),
-            client_timeout: self.positive(&raw.client_timeout, default.client_timeout),
-        }
-    }
-
-    fn body(&mut self, raw: &Option<At<RawSize>>, default: u64) -> u64 {
-        let Some(text) = raw else { return default };
-        let Some(bytes) = self.size(&text.value().0, text.span()) else { return default };
-        let (least, most) = (1 << 10, 1 << 30);
-        if !(least..=most).contains(&bytes) {
-            let message = format!("a body of {} is out of range: {} to {}", Bytes(bytes), Bytes(least), Bytes(most));
-            self.report.add(text.span(), message);
-        }
-        bytes
     }
 
     fn supervision(&mut self, raw: &RawSupervision) -> Supervision {
@@ -234,9 +150,8 @@ impl Checker {
             let vram_bytes = vram.and_then(|text| self.size(&text.value().0, text.span()));
             let used_bytes = raw.used.as_ref().and_then(|text| self.size(&text.value().0, text.span())).unwrap_or(0);
             if let Some(uuid) = uuid {
-                if !is_uuid(uuid.value()) {
-                    let message = format!("`{}` is not a device's UUID", uuid.value());
-                    let help = "`GPU-` or `SIM-`, then letters, digits and dashes, such as `SIM-0`";
+                if let Some(message) = not_simulated(uuid.value()) {
+                    let help = "`SIM-`, then letters, digits and dashes, such as `SIM-0`";
                     self.report.add(uuid.span(), message).help = Some(help.into());
                 }
                 if let Some(first) = seen.insert(uuid.value().to_ascii_lowercase(), uuid.span()) {
@@ -533,6 +448,16 @@ impl Checker {
     fn unit_error(&mut self, span: Range<usize>, error: &UnitError) {
         let help = error.unit().and_then(|(unit, known)| did_you_mean(unit, known));
         self.report.add(span, error.to_string()).help = help;
+    }
+}
+
+/// What is wrong with the UUID of a simulated device. One that looks real would be taken for a GPU that is there: by the
+/// worker, which opens it, and by whoever reads a log.
+fn not_simulated(uuid: &str) -> Option<String> {
+    match uuid {
+        _ if !is_uuid(uuid) => Some(format!("`{uuid}` is not a device's UUID")),
+        _ if !uuid.starts_with("SIM-") => Some(format!("`{uuid}` is a real GPU's UUID, and this device is simulated")),
+        _ => None,
     }
 }
 

@@ -74,10 +74,32 @@ impl Default for Config {
 pub struct Host {
     /// Where the HTTP server listens.
     pub address: SocketAddr,
+    /// Whether it may listen where others can reach it without keys or certificate.
+    pub insecure: bool,
     /// The local admin socket, if not the usual one.
     pub admin_socket: Option<PathBuf>,
     /// Keys of which a client must show one; with none, everybody who can connect may speak.
     pub api_keys: Vec<ApiKey>,
+    /// File with more of them.
+    pub api_keys_file: Option<PathBuf>,
+    /// Keys that may also load and unload models.
+    pub admin_keys: Vec<ApiKey>,
+    /// File with more of them.
+    pub admin_keys_file: Option<PathBuf>,
+    /// Certificate and key; without them connections are plain.
+    pub tls: Option<Tls>,
+    /// Names of the server besides addresses and `localhost`.
+    pub allowed_hosts: Vec<String>,
+    /// Origins whose pages may use the API; `*` is all.
+    pub cors_origins: Vec<String>,
+    /// Bounds of each key.
+    pub per_key: PerKey,
+    /// Silence in a stream after which a comment is sent.
+    pub keep_alive: Duration,
+    /// Between two looks at the files of keys and certificates.
+    pub look_every: Duration,
+    /// Where traces are sent.
+    pub otlp_endpoint: Option<String>,
     /// How long streams may finish after a stop.
     pub drain: Duration,
     /// Format of the log.
@@ -90,13 +112,44 @@ impl Default for Host {
     fn default() -> Self {
         Self {
             address: SocketAddr::from(([127, 0, 0, 1], 7070)),
+            insecure: false,
             admin_socket: None,
             api_keys: Vec::new(),
+            api_keys_file: None,
+            admin_keys: Vec::new(),
+            admin_keys_file: None,
+            tls: None,
+            allowed_hosts: Vec::new(),
+            cors_origins: Vec::new(),
+            per_key: PerKey::default(),
+            keep_alive: Duration::from_secs(15),
+            look_every: Duration::from_secs(5),
+            otlp_endpoint: None,
             drain: Duration::from_secs(30),
             log: LogFormat::Text,
             limits: Limits::default(),
         }
     }
+}
+
+/// Where certificate and key are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tls {
+    /// The certificate chain, PEM.
+    pub certificate: PathBuf,
+    /// The private key, PEM.
+    pub key: PathBuf,
+}
+
+/// Bounds of one key; `None` is no bound.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PerKey {
+    /// Requests open at a time.
+    pub streams: Option<u32>,
+    /// Requests begun in a minute.
+    pub requests_per_minute: Option<u32>,
+    /// Tokens of prompts and answers in a minute.
+    pub tokens_per_minute: Option<u64>,
 }
 
 /// A secret that clients show. It is never printed.
@@ -125,6 +178,10 @@ impl fmt::Debug for ApiKey {
 pub struct Limits {
     /// Connections open at a time.
     pub connections: u32,
+    /// Connections open at a time from one address.
+    pub connections_per_ip: u32,
+    /// Requests open at a time on one HTTP/2 connection.
+    pub http2_streams: u32,
     /// Bytes of a request body.
     pub body_bytes: u64,
     /// For a request's headers.
@@ -149,6 +206,8 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 1024,
+            connections_per_ip: 512,
+            http2_streams: 256,
             body_bytes: 2 << 20,
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(30),

@@ -24,7 +24,7 @@ mod schema;
 mod source;
 mod tree;
 
-pub use checked::{Config, Host, Limits, Model, ModelSource, Replicas, SimulatedDevice, Supervision};
+pub use checked::{Config, Host, Limits, Model, ModelSource, PerKey, Replicas, SimulatedDevice, Supervision, Tls};
 pub use device::{DeviceSelector, Devices, PciBusId, SelectError};
 pub use error::{ConfigError, Diagnostic};
 pub use overrides::Overrides;

@@ -37,14 +37,49 @@ pub(crate) struct RawConfig {
 #[derive(Debug, Default, serde::Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, expecting = "the table [host]")]
 pub(crate) struct RawHost {
-    /// Address and port of the HTTP server. An address that is not loopback needs `api_keys`. Port 0 takes a free one.
+    /// Address and port of the HTTP server. An address that other machines can reach needs keys and a certificate, or
+    /// `insecure`. Port 0 takes a free one.
     #[schemars(extend("default" = "127.0.0.1:7070"))]
     pub(crate) address: Option<At<String>>,
+    /// Serve on an address that other machines can reach although there are no keys or no certificate.
+    #[schemars(extend("default" = false))]
+    pub(crate) insecure: Option<At<bool>>,
     /// Path of the local admin socket. Without it the host chooses one in the user's runtime directory.
     pub(crate) admin_socket: Option<At<String>>,
     /// Keys of which a client must show one. With none, every local client may speak. Use `${env:NAME}`.
     #[schemars(extend("default" = []))]
     pub(crate) api_keys: Option<Vec<At<String>>>,
+    /// File with more of them, one a line, each a key or `sha256:` and the key's hash in 64 hex digits. Relative to this
+    /// file. It is read again when it changes.
+    pub(crate) api_keys_file: Option<At<String>>,
+    /// Keys that may also load and unload models. With none, only the admin socket may.
+    #[schemars(extend("default" = []))]
+    pub(crate) admin_keys: Option<Vec<At<String>>>,
+    /// File with more of them, as `api_keys_file`.
+    pub(crate) admin_keys_file: Option<At<String>>,
+    /// Certificate and key. Without them connections are plain.
+    #[serde(default)]
+    pub(crate) tls: RawTls,
+    /// Names under which clients may reach the server, besides addresses and `localhost`. With none, every name will do
+    /// where there are keys, and none but those where there are not.
+    #[schemars(extend("default" = []))]
+    pub(crate) allowed_hosts: Option<Vec<At<String>>>,
+    /// Origins whose pages may use the API, such as `"https://chat.example"`; `"*"` is all of them. With none, no page but
+    /// the dashboard may.
+    #[schemars(extend("default" = []))]
+    pub(crate) cors_origins: Option<Vec<At<String>>>,
+    /// What each key may do. Admin keys may do without bound.
+    #[serde(default)]
+    pub(crate) per_key: RawPerKey,
+    /// A comment is sent into a stream that has been silent for so long.
+    #[schemars(extend("default" = "15s"))]
+    pub(crate) keep_alive: Option<At<RawDuration>>,
+    /// How often files with keys and certificates are looked at for changes. SIGHUP has them looked at at once.
+    #[schemars(extend("default" = "5s"))]
+    pub(crate) look_every: Option<At<RawDuration>>,
+    /// Where traces are sent: an OTLP collector's address for HTTP, such as `"http://127.0.0.1:4318"`. Needs a program that
+    /// was built with the feature `otlp`.
+    pub(crate) otlp_endpoint: Option<At<String>>,
     /// How long open streams may finish after the host was told to stop.
     #[schemars(extend("default" = "30s"))]
     pub(crate) drain: Option<At<RawDuration>>,
@@ -56,6 +91,28 @@ pub(crate) struct RawHost {
     pub(crate) limits: RawLimits,
 }
 
+/// Certificate and key.
+#[derive(Debug, Default, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "the table [host.tls]")]
+pub(crate) struct RawTls {
+    /// The certificate chain, PEM, relative to this file. It is read again when it changes.
+    pub(crate) certificate: Option<At<String>>,
+    /// The private key, PEM.
+    pub(crate) key: Option<At<String>>,
+}
+
+/// Bounds of one key.
+#[derive(Debug, Default, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "the table [host.per_key]")]
+pub(crate) struct RawPerKey {
+    /// Requests open at a time. Without it there is no bound.
+    pub(crate) streams: Option<At<u32>>,
+    /// Requests begun in a minute.
+    pub(crate) requests_per_minute: Option<At<u32>>,
+    /// Tokens of prompts and answers in a minute. A request that is under way is finished; the next one waits.
+    pub(crate) tokens_per_minute: Option<At<u64>>,
+}
+
 /// Bounds of the host.
 #[derive(Debug, Default, serde::Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, expecting = "the table [host.limits]")]
@@ -63,6 +120,12 @@ pub(crate) struct RawLimits {
     /// Connections open at a time.
     #[schemars(extend("default" = 1024))]
     pub(crate) connections: Option<At<u32>>,
+    /// Connections open at a time from one address (of IPv6: from one /64). A proxy is one address.
+    #[schemars(extend("default" = 512))]
+    pub(crate) connections_per_ip: Option<At<u32>>,
+    /// Requests open at a time on one HTTP/2 connection.
+    #[schemars(extend("default" = 256))]
+    pub(crate) http2_streams: Option<At<u32>>,
     /// Largest request body.
     #[schemars(extend("default" = "2MiB"))]
     pub(crate) body: Option<At<RawSize>>,
@@ -228,7 +291,7 @@ pub(crate) struct RawSimulate {
 pub(crate) struct RawSimulatedDevice {
     /// What the card is called.
     pub(crate) name: Option<At<String>>,
-    /// Its identity: `GPU-` or `SIM-` and letters, digits and dashes.
+    /// Its identity: `SIM-` and letters, digits and dashes.
     pub(crate) uuid: Option<At<String>>,
     /// Its memory.
     pub(crate) vram: Option<At<RawSize>>,
@@ -265,8 +328,6 @@ words! {
         /// 16-bit floats.
         #[default]
         F16,
-        /// 16-bit brain floats.
-        Bf16,
         /// 8-bit blocks of 32 with one scale.
         Q8_0,
     }

@@ -83,6 +83,11 @@ impl Sources {
         base
     }
 
+    /// Whether a byte range lies in the first text, which is the file.
+    pub(crate) fn is_of_file(&self, span: &Range<usize>) -> bool {
+        self.list.get(1).is_none_or(|second| span.start < second.base)
+    }
+
     /// The first place of `needle` inside `span`, or `span` where the text spells it otherwise.
     pub(crate) fn find_within(&self, span: Range<usize>, needle: &str) -> Range<usize> {
         let found = self.list.iter().rev().find(|source| source.base <= span.start).and_then(|source| {

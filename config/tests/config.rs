@@ -1,8 +1,8 @@
 //! Whole files: the good ones are read, each bad one gives the message beside it, the examples and the page are true.
 
 use playhouse_config::{
-    Config, ConfigError, DeviceSelector, Devices, Host, Model, ModelSource, Overrides, Replicas, SimulatedDevice,
-    Supervision, json_schema,
+    Config, ConfigError, DeviceSelector, Devices, Host, Model, ModelSource, Overrides, PerKey, Replicas,
+    SimulatedDevice, Supervision, Tls, json_schema,
 };
 use serde_json::Value;
 use std::fs;
@@ -126,7 +126,18 @@ fn every_key_is_read() {
         api_keys = ["${env:PLAYHOUSE_KEY}", "a$${b"]
         drain = "1m"
         log = "json"
-        limits = { body = "1MiB", queued_requests = 3, queued_tokens = 9, stream_events = 5, client_timeout = "2s" }
+        insecure = true
+        api_keys_file = "keys"
+        admin_keys = ["sk-admin"]
+        admin_keys_file = "/etc/admin-keys"
+        tls = { certificate = "cert.pem", key = "/key.pem" }
+        allowed_hosts = ["models.example"]
+        cors_origins = ["*"]
+        per_key = { streams = 4, requests_per_minute = 60, tokens_per_minute = 1_000_000 }
+        keep_alive = "1s"
+        look_every = "20ms"
+        otlp_endpoint = "http://127.0.0.1:4318"
+        limits = { connections_per_ip = 7, http2_streams = 9, body = "1MiB", queued_requests = 3, queued_tokens = 9, stream_events = 5, client_timeout = "2s" }
         [defaults]
         context = 4096
         required = false
@@ -174,6 +185,23 @@ fn every_key_is_read() {
     let keys: Vec<&str> = config.host.api_keys.iter().map(|key| key.expose()).collect();
     assert_eq!(keys, ["k-123", "a${b"]);
     assert!(!format!("{config:?}").contains("k-123"), "keys are not printed");
+    let host = &config.host;
+    assert!(host.insecure && !format!("{config:?}").contains("sk-admin"));
+    assert_eq!(host.admin_keys[0].expose(), "sk-admin");
+    assert_eq!(
+        (host.api_keys_file.as_deref(), host.admin_keys_file.as_deref()),
+        (Some(Path::new("keys")), Some(Path::new("/etc/admin-keys")))
+    );
+    assert_eq!(host.tls, Some(Tls { certificate: "cert.pem".into(), key: "/key.pem".into() }));
+    assert_eq!(
+        (host.allowed_hosts.as_slice(), host.cors_origins.as_slice()),
+        (&["models.example".to_owned()][..], &["*".to_owned()][..])
+    );
+    let per_key = PerKey { streams: Some(4), requests_per_minute: Some(60), tokens_per_minute: Some(1_000_000) };
+    assert_eq!(host.per_key, per_key);
+    assert_eq!((host.keep_alive, host.look_every), (Duration::from_secs(1), Duration::from_millis(20)));
+    assert_eq!(host.otlp_endpoint.as_deref(), Some("http://127.0.0.1:4318"));
+    assert_eq!((host.limits.connections_per_ip, host.limits.http2_streams), (7, 9));
     assert_eq!(config.host.limits.queued_requests, 3);
     assert_eq!(config.host.limits.idle_timeout, Duration::from_secs(75));
     assert_eq!(config.supervision.backoff.min, Duration::from_millis(10));
@@ -211,6 +239,30 @@ fn arguments_outrank_the_environment_which_outranks_the_file() {
     assert_eq!(config.models[0].replicas, Replicas::Count(2));
     let keys: Vec<&str> = config.host.api_keys.iter().map(|key| key.expose()).collect();
     assert_eq!(keys, ["one", "two"]);
+}
+
+/// What keeps a house from strangers can be said in all three places, and paths in a file are relative to it.
+#[test]
+fn the_front_is_set_from_the_file_the_environment_and_arguments() {
+    let path = folder("tests/good/keys.toml");
+    let overrides = environment()
+        .with_env("PLAYHOUSE_HOST_TLS_KEY", "/run/secrets/key.pem")
+        .with_env("PLAYHOUSE_HOST_ALLOWED_HOSTS", "a.example, b.example")
+        .with_env("PLAYHOUSE_HOST_PER_KEY_STREAMS", "3")
+        .with_argument("--api-keys-file", "host.api_keys_file", "secrets/keys");
+    let host = Config::open(Some(&path), &overrides).unwrap_or_else(|error| panic!("{error}")).host;
+    let tls = host.tls.expect("both are given");
+    assert_eq!((tls.certificate, tls.key), (folder("tests/good/cert.pem"), PathBuf::from("/run/secrets/key.pem")));
+    assert_eq!(host.api_keys_file, Some(PathBuf::from("secrets/keys")), "an argument's path is the caller's");
+    assert_eq!(host.allowed_hosts, ["a.example", "b.example"]);
+    assert_eq!((host.per_key.streams, host.per_key.requests_per_minute), (Some(3), Some(600)));
+
+    let open = "[host]\naddress = \"0.0.0.0:7070\"\n";
+    assert!(refuse(open, &Overrides::none()).contains("neither keys nor a certificate"));
+    let insecure = Overrides::none().with_argument("--insecure", "host.insecure", "true");
+    assert!(Config::from_text("test.toml", open, &insecure).is_ok_and(|config| config.host.insecure));
+    let by_argument = Overrides::none().with_argument("--address", "host.address", "192.0.2.1:80");
+    assert!(refuse("", &by_argument).contains("argument --address:1:1"));
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::{CliError, Exit, RunCommand, print};
 use crate::host::front::HouseControl;
 use crate::host::service::{Ending, run};
 use crate::host::{OpenError, Parts, Playhouse, telemetry};
-use crate::http::{self, BuildInfo, Front, HttpSettings};
+use crate::http::{self, BuildInfo, Front, HttpSettings, Reread};
 use playhouse_actors::inventory::Device;
 use playhouse_actors::policy::placement::Plan;
 use playhouse_config::units::Bytes;
@@ -13,8 +13,13 @@ use std::fmt::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+
+/// For blocking calls that are under way when everything else has ended.
+const LEFT_BEHIND: Duration = Duration::from_millis(500);
 
 /// The flags of `serve`.
 #[derive(Debug, clap::Args)]
@@ -34,6 +39,15 @@ pub(crate) struct Args {
     /// Serve on an address that other machines can reach without keys or TLS
     #[arg(long)]
     insecure: bool,
+    /// Certificate chain of the HTTP server, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_certificate: Option<String>,
+    /// Private key of the HTTP server, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_certificate")]
+    tls_key: Option<String>,
+    /// Keys of which a client must show one: a key, or sha256: and its hash, in each line
+    #[arg(long, value_name = "FILE")]
+    api_keys_file: Option<String>,
     /// How long streams may finish after a stop, such as 30s
     #[arg(long, value_name = "DURATION")]
     drain: Option<String>,
@@ -50,8 +64,13 @@ fn key_and_value(text: &str) -> Result<(String, String), String> {
 impl Args {
     /// What outranks the file: the environment, and above it these flags.
     fn overrides(&self) -> Overrides {
+        let insecure = self.insecure.then(|| "true".to_owned());
         let named = [
             ("--address", "host.address", &self.address),
+            ("--insecure", "host.insecure", &insecure),
+            ("--tls-certificate", "host.tls.certificate", &self.tls_certificate),
+            ("--tls-key", "host.tls.key", &self.tls_key),
+            ("--api-keys-file", "host.api_keys_file", &self.api_keys_file),
             ("--admin-socket", "host.admin_socket", &self.admin_socket),
             ("--log", "host.log", &self.log),
             ("--drain", "host.drain", &self.drain),
@@ -70,7 +89,10 @@ impl RunCommand for Args {
         telemetry::start(config.host.log).map_err(CliError::usage)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
         let runtime = runtime.map_err(|error| CliError::new(Exit::Transient, error))?;
-        runtime.block_on(serve(config, overrides, self.insecure))
+        let ended = runtime.block_on(serve(config, overrides));
+        // A read that hangs, such as that of a reload from a network that is gone, does not keep a host that was stopped.
+        runtime.shutdown_timeout(LEFT_BEHIND);
+        ended
     }
 }
 
@@ -79,13 +101,28 @@ async fn bind(address: SocketAddr) -> Result<TcpListener, CliError> {
     TcpListener::bind(address).await.map_err(failed)
 }
 
-async fn serve(config: Config, overrides: Overrides, insecure: bool) -> Result<(), CliError> {
-    let settings = HttpSettings { insecure, ..HttpSettings::from(&config.host) };
+/// Has the front read its files of keys and certificates again at every SIGHUP.
+fn reread_at_hangup(reread: Reread) -> Result<(), CliError> {
+    let mut hangups = signal(SignalKind::hangup()).map_err(|error| CliError::new(Exit::Transient, error))?;
+    tokio::spawn(async move {
+        while hangups.recv().await.is_some() {
+            reread.now();
+        }
+    });
+    Ok(())
+}
+
+async fn serve(config: Config, overrides: Overrides) -> Result<(), CliError> {
+    let settings = HttpSettings::from(&config.host);
+    let scheme = if settings.tls.is_some() { "https" } else { "http" };
+    reread_at_hangup(settings.reread.clone())?;
     // First of all: an address that is taken is found before anything is loaded.
     let listener = bind(config.host.address).await?;
     let address = listener.local_addr().map_err(|error| CliError::new(Exit::Transient, error))?;
     let house = Playhouse::open_with(config, Parts { overrides, ..Parts::default() }).await?;
-    print(&welcome(&house.devices().await, &house.plan(), address))?;
+    let url = format!("{scheme}://{}", shown_name(&settings, address));
+    print(&welcome(&house.devices().await, &house.plan(), &url))?;
+    let _greeting = AbortOnDrop(tokio::spawn(greet(house.clone(), url, settings.asks_for_keys())));
     let control = Arc::new(HouseControl::new(house.clone()));
     let build = BuildInfo { version: env!("CARGO_PKG_VERSION").to_owned(), commit: None };
     let front = Front { client: house.client().clone(), control, settings, build };
@@ -110,8 +147,20 @@ async fn serve(config: Config, overrides: Overrides, insecure: bool) -> Result<(
     }
 }
 
-/// The devices found and what goes where.
-fn welcome(devices: &[Device], plan: &Plan, address: SocketAddr) -> String {
+/// The name under which a client on this machine finds the front.
+fn shown_name(settings: &HttpSettings, address: SocketAddr) -> String {
+    let port = address.port();
+    match (settings.allowed_hosts.first(), &settings.tls) {
+        // A certificate is for a name.
+        (Some(name), Some(_)) => format!("{name}:{port}"),
+        (None, Some(_)) if address.ip().is_loopback() || address.ip().is_unspecified() => format!("localhost:{port}"),
+        _ if address.ip().is_unspecified() => format!("127.0.0.1:{port}"),
+        _ => address.to_string(),
+    }
+}
+
+/// The devices found, what goes where, and the address.
+fn welcome(devices: &[Device], plan: &Plan, url: &str) -> String {
     let mut text = String::new();
     if devices.is_empty() {
         text.push_str("no GPU found; models run on the CPU\n");
@@ -130,12 +179,31 @@ fn welcome(devices: &[Device], plan: &Plan, address: SocketAddr) -> String {
             Bytes(placement.kv_bytes)
         );
     }
-    let _ = writeln!(text, "http://{address}");
-    if let Some((_, placement)) = plan.placements().next() {
-        let body = format!(r#"{{"model": "{}", "prompt": "autumn moon", "max_tokens": 64}}"#, placement.model);
-        let _ = writeln!(text, "curl http://{address}/v1/completions -H 'content-type: application/json' -d '{body}'");
-    }
+    let _ = writeln!(text, "{url}");
     text
+}
+
+/// Once the models are ready: a line to try them with.
+async fn greet(house: Playhouse, url: String, has_keys: bool) {
+    if let Err(error) = house.ready().await {
+        tracing::error!(%error, "the house is not ready");
+        return;
+    }
+    let plan = house.plan();
+    let Some((_, placement)) = plan.placements().next() else { return };
+    let key = if has_keys { " -H \"authorization: Bearer $KEY\"" } else { "" };
+    let body = format!(r#"{{"model": "{}", "prompt": "autumn moon", "max_tokens": 64}}"#, placement.model);
+    // Nobody may be reading any more.
+    let _ = print(&format!("curl {url}/v1/completions{key} -H 'content-type: application/json' -d '{body}'\n"));
+}
+
+/// A task that ends with its owner.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 impl From<OpenError> for CliError {

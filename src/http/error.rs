@@ -38,6 +38,14 @@ pub enum ServeError {
         /// What is wrong with it.
         why: String,
     },
+    /// A file of keys cannot be used. No key is in the text.
+    #[error("{path}: {why}")]
+    Keys {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        why: String,
+    },
 }
 
 /// What a client is told.
@@ -112,10 +120,10 @@ impl ApiError {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message).code("request_too_large")
     }
 
-    /// 429 because of a bound of the front itself.
-    pub(super) fn busy(message: impl Into<String>) -> Self {
+    /// 429.
+    pub(super) fn busy(message: impl Into<String>, retry_after: Duration) -> Self {
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message);
-        error.code("rate_limit_exceeded").retry(Duration::from_secs(1))
+        error.code("rate_limit_exceeded").retry(retry_after)
     }
 
     /// 500: a mistake of ours. The cause is for the log.
@@ -219,12 +227,12 @@ impl From<Refusal> for ApiError {
             Refusal::Busy { full: Full::TooLarge { .. }, .. } => {
                 Self::param("max_tokens", message).code("request_too_large")
             }
-            Refusal::Busy { full, .. } => Self::busy(message).retry(full.retry_after().unwrap_or(seconds(1))),
+            Refusal::Busy { full, .. } => Self::busy(message, full.retry_after().unwrap_or(seconds(1))),
             Refusal::Loading { retry_after, .. } => Self::unavailable(message, retry_after).code("model_loading"),
             Refusal::Unavailable { .. } => Self::unavailable(message, seconds(30)).code("model_unavailable"),
             Refusal::Invalid(error) => error.into(),
             Refusal::Draining => Self::unavailable(message, seconds(5)).code("draining"),
-            Refusal::Overloaded => Self::busy(message),
+            Refusal::Overloaded => Self::busy(message, seconds(1)),
             Refusal::RouterLost => Self::unavailable(message, seconds(1)),
         }
     }

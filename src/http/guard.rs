@@ -2,6 +2,7 @@
 //! reads the body.
 
 use super::error::ApiError;
+use super::keys::KeyId;
 use super::server::Peer;
 use super::{App, id};
 use axum::body::Body;
@@ -12,7 +13,6 @@ use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt;
 use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 use tracing::Instrument;
 
@@ -34,7 +34,7 @@ pub(super) enum Access {
 
 /// Which key a request has shown, for limits of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Shown(pub(super) usize);
+pub(super) struct Shown(pub(super) KeyId);
 
 /// Stands in front of everything: gives the request its id, a span and a line in the log, and turns a panic of ours into
 /// an answer.
@@ -95,7 +95,7 @@ fn check_origin(app: &App, headers: &HeaderMap, uri: &Uri) -> Result<(), ApiErro
         let name = host_name(host);
         let is_ours = is_local_name(name)
             || settings.allowed_hosts.iter().any(|allowed| allowed.eq_ignore_ascii_case(name))
-            || (settings.allowed_hosts.is_empty() && !settings.api_keys.is_empty());
+            || (settings.allowed_hosts.is_empty() && !app.keys.load().users.is_empty());
         if !is_ours {
             let shown: String = name.chars().take(100).collect();
             return Err(ApiError::forbidden(format!("the name `{shown}` is not among the allowed hosts")));
@@ -136,20 +136,20 @@ pub(super) async fn check_key(
     if request.extensions().get::<Peer>() == Some(&Peer::Unix) || access == Access::Public {
         return next.run(request).await;
     }
-    let settings = &app.settings;
+    let keys = app.keys.load_full();
     let shown = shown_key(request.headers());
-    let admin = shown.and_then(|key| settings.admin_keys.find(key));
-    let user = shown.and_then(|key| settings.api_keys.find(key));
+    let admin = shown.and_then(|key| keys.admins.find(key));
+    let user = shown.and_then(|key| keys.users.find(key));
     match access {
         // Clients of the OpenAI API always show something: where there are no keys it does not matter what.
-        Access::Key if settings.api_keys.is_empty() || admin.or(user).is_some() => {}
+        Access::Key if keys.users.is_empty() || admin.or(user).is_some() => {}
         Access::Admin if admin.is_some() => {}
-        Access::Admin if user.is_some() || settings.admin_keys.is_empty() => {
+        Access::Admin if user.is_some() || keys.admins.is_empty() => {
             return ApiError::forbidden("this needs an admin key, or the admin socket").into_response();
         }
         _ => return ApiError::unauthenticated().into_response(),
     }
-    if let Some(user) = user {
+    if let Some(user) = user.filter(|_| admin.is_none()) {
         request.extensions_mut().insert(Shown(user));
     }
     next.run(request).await
@@ -162,42 +162,6 @@ fn shown_key(headers: &HeaderMap) -> Option<&[u8]> {
         scheme.eq_ignore_ascii_case(b"bearer ").then_some(key.trim_ascii())
     });
     bearer.or_else(|| headers.get(API_KEY).map(HeaderValue::as_bytes))
-}
-
-/// How many streams each key has open.
-#[derive(Debug, Default, Clone)]
-pub(super) struct KeyStreams(Arc<Mutex<Vec<u32>>>);
-
-/// One open stream of a key; the place is free again when this is dropped.
-#[derive(Debug)]
-pub(super) struct KeyStream {
-    streams: KeyStreams,
-    key: usize,
-}
-
-impl KeyStreams {
-    /// A place for one more stream of this key.
-    ///
-    /// # Errors
-    /// 429 if the key has as many as it may.
-    pub(super) fn open(&self, key: Option<Shown>, most: Option<u32>) -> Result<Option<KeyStream>, ApiError> {
-        let (Some(Shown(key)), Some(most)) = (key, most) else { return Ok(None) };
-        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if open.len() <= key {
-            open.resize(key + 1, 0);
-        }
-        if open[key] >= most {
-            return Err(ApiError::busy(format!("this key has {most} requests open, which is the most it may")));
-        }
-        open[key] += 1;
-        Ok(Some(KeyStream { streams: self.clone(), key }))
-    }
-}
-
-impl Drop for KeyStream {
-    fn drop(&mut self) {
-        self.streams.0.lock().unwrap_or_else(PoisonError::into_inner)[self.key] -= 1;
-    }
 }
 
 /// The answer to addresses that are none.
@@ -245,17 +209,5 @@ mod tests {
         assert_eq!(read(whole).as_deref(), Some("0af7651916cd43dd8448eb211c80319c"));
         assert_eq!(read("00-0af7-b7ad6b7169203331-01"), None);
         assert_eq!(read(""), None);
-    }
-
-    #[test]
-    fn a_key_has_so_many_streams() {
-        let streams = KeyStreams::default();
-        let key = Some(Shown(3));
-        let first = streams.open(key, Some(1)).expect("free");
-        assert!(streams.open(key, Some(1)).is_err());
-        assert!(streams.open(Some(Shown(0)), Some(1)).is_ok(), "another key");
-        drop(first);
-        assert!(streams.open(key, Some(1)).is_ok());
-        assert!(streams.open(None, Some(0)).is_ok_and(|place| place.is_none()));
     }
 }

@@ -18,7 +18,9 @@ mod error;
 
 mod server;
 mod keys;
+mod fresh;
 mod guard;
+mod quota;
 mod body;
 mod routes;
 mod id;
@@ -35,10 +37,14 @@ mod openapi;
 mod dashboard;
 
 use crate::client::Client;
+use arc_swap::ArcSwap;
 use control::Control;
 pub use error::ServeError;
-pub use keys::KeyRing;
+pub use fresh::Reread;
+use keys::Keys;
+pub use keys::{KeyId, KeyRing};
 pub use settings::{HttpSettings, TlsFiles};
+use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
@@ -80,7 +86,8 @@ struct Shared {
     /// Same model, same seed, same fingerprint: same text.
     fingerprint: String,
     metrics: metrics::Metrics,
-    key_streams: guard::KeyStreams,
+    keys: ArcSwap<Keys>,
+    quotas: quota::Quotas,
     /// Cancelled when the front stops: streams without an end of their own end then.
     stopping: CancellationToken,
 }
@@ -92,8 +99,29 @@ impl Front {
         let Front { client, control, settings, build } = self;
         let commit = build.commit.as_deref().map(|commit| format!("-{}", commit.get(..8).unwrap_or(commit)));
         let fingerprint = format!("playhouse-{}{}", build.version, commit.unwrap_or_default());
-        let (metrics, key_streams) = (metrics::Metrics::new(), guard::KeyStreams::default());
-        Arc::new(Shared { client, control, settings, build, fingerprint, metrics, key_streams, stopping })
+        let (metrics, quotas) = (metrics::Metrics::new(), quota::Quotas::default());
+        let keys = Keys { users: settings.api_keys.clone(), admins: settings.admin_keys.clone() };
+        let keys = ArcSwap::from_pointee(keys);
+        Arc::new(Shared { client, control, settings, build, fingerprint, metrics, keys, quotas, stopping })
+    }
+}
+
+impl Shared {
+    fn key_files(&self) -> Vec<PathBuf> {
+        let HttpSettings { api_keys_file, admin_keys_file, .. } = &self.settings;
+        api_keys_file.iter().chain(admin_keys_file).cloned().collect()
+    }
+
+    /// Takes over what the files of keys hold now: of all of them, or of none.
+    fn read_keys(&self) -> Result<(), ServeError> {
+        let HttpSettings { api_keys, api_keys_file, admin_keys, admin_keys_file, .. } = &self.settings;
+        let with = |keys: &KeyRing, file: &Option<PathBuf>| match file {
+            Some(file) => keys.and_file(file),
+            None => Ok(keys.clone()),
+        };
+        let keys = Keys { users: with(api_keys, api_keys_file)?, admins: with(admin_keys, admin_keys_file)? };
+        self.keys.store(Arc::new(keys));
+        Ok(())
     }
 }
 
@@ -102,8 +130,8 @@ impl Front {
 ///
 /// # Errors
 /// [`ServeError::Exposed`] if the listener can be reached from outside and the settings have no keys or no TLS and do
-/// not say that this is wanted; [`ServeError::Tls`] if certificate or key cannot be used. Trouble with single
-/// connections ends those connections.
+/// not say that this is wanted; [`ServeError::Tls`] if certificate or key, [`ServeError::Keys`] if a file of keys
+/// cannot be used. Trouble with single connections ends those connections.
 pub async fn serve(front: Front, listener: TcpListener, stop: CancellationToken) -> Result<(), ServeError> {
     server::serve_tcp(front.shared(stop.clone()), listener, stop).await
 }

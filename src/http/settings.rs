@@ -1,7 +1,8 @@
 //! What the front is told by its host.
 
+use super::fresh::Reread;
 use super::keys::KeyRing;
-use playhouse_config::checked::{Host, Limits};
+use playhouse_config::checked::{Host, Limits, PerKey};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -23,8 +24,16 @@ pub struct HttpSettings {
     pub limits: Limits,
     /// Keys of which a client must show one; with none, everybody who can connect may speak.
     pub api_keys: KeyRing,
+    /// File with more of them, read when the front begins to serve and again when it changes.
+    pub api_keys_file: Option<PathBuf>,
     /// Keys that may also load and unload models. With none, only the Unix socket may.
     pub admin_keys: KeyRing,
+    /// File with more of them.
+    pub admin_keys_file: Option<PathBuf>,
+    /// How often to look whether the files of keys changed.
+    pub look_every: Duration,
+    /// Has files of keys and certificates read again at once.
+    pub reread: Reread,
     /// Certificate and key; without them, connections are plain.
     pub tls: Option<TlsFiles>,
     /// Serve on an address that others can reach without keys or TLS.
@@ -36,12 +45,19 @@ pub struct HttpSettings {
     pub cors_origins: Vec<String>,
     /// Most requests at a time on one HTTP/2 connection.
     pub h2_streams: u32,
-    /// Most streams open at a time for one key; `None` is no limit.
-    pub streams_per_key: Option<u32>,
+    /// What each of the keys may do; admin keys may do without bound.
+    pub per_key: PerKey,
     /// A comment is sent into a stream that has been silent for so long.
     pub keep_alive: Duration,
     /// How long requests in flight may finish after a stop.
     pub drain: Duration,
+}
+
+impl HttpSettings {
+    /// Whether a client must show a key.
+    pub fn asks_for_keys(&self) -> bool {
+        !self.api_keys.is_empty() || self.api_keys_file.is_some()
+    }
 }
 
 impl Default for HttpSettings {
@@ -52,17 +68,22 @@ impl Default for HttpSettings {
 
 impl From<&Host> for HttpSettings {
     fn from(host: &Host) -> Self {
+        let tls = host.tls.clone();
         Self {
             limits: host.limits.clone(),
-            api_keys: host.api_keys.iter().map(playhouse_config::checked::ApiKey::expose).collect(),
-            admin_keys: KeyRing::default(),
-            tls: None,
-            insecure: false,
-            allowed_hosts: Vec::new(),
-            cors_origins: Vec::new(),
-            h2_streams: 256,
-            streams_per_key: None,
-            keep_alive: Duration::from_secs(15),
+            api_keys: host.api_keys.as_slice().into(),
+            api_keys_file: host.api_keys_file.clone(),
+            admin_keys: host.admin_keys.as_slice().into(),
+            admin_keys_file: host.admin_keys_file.clone(),
+            look_every: host.look_every,
+            reread: Reread::default(),
+            tls: tls.map(|tls| TlsFiles { certificate: tls.certificate, key: tls.key, look_every: host.look_every }),
+            insecure: host.insecure,
+            allowed_hosts: host.allowed_hosts.clone(),
+            cors_origins: host.cors_origins.clone(),
+            h2_streams: host.limits.http2_streams,
+            per_key: host.per_key,
+            keep_alive: host.keep_alive,
             drain: host.drain,
         }
     }

@@ -5,8 +5,8 @@
 //! When the client goes away hyper drops the body, and with it the stream: that cancels the request.
 
 use super::error::ApiError;
-use super::guard::KeyStream;
 use super::metrics::RequestMeter;
+use super::quota::Place;
 use crate::client::Event;
 use axum::body::Body;
 use axum::http::{HeaderValue, header};
@@ -63,9 +63,32 @@ const PIECE_BYTES: usize = 16 << 10;
 
 /// What belongs to a request as long as it runs.
 pub(super) struct Running {
-    pub(super) meter: RequestMeter,
-    pub(super) place: Option<KeyStream>,
-    pub(super) keep_alive: Duration,
+    meter: RequestMeter,
+    place: Option<Place>,
+    keep_alive: Duration,
+}
+
+impl Running {
+    /// For a request that was accepted with so many tokens of prompt.
+    pub(super) fn new(meter: RequestMeter, place: Option<Place>, keep_alive: Duration, n_prompt: u64) -> Self {
+        let mut running = Self { meter, place, keep_alive };
+        running.spend(n_prompt);
+        running
+    }
+
+    /// Something came of it.
+    pub(super) fn event(&mut self, event: &Event) {
+        self.meter.event(event);
+        if matches!(event, Event::Token(_)) {
+            self.spend(1);
+        }
+    }
+
+    fn spend(&mut self, tokens: u64) {
+        if let Some(place) = &mut self.place {
+            place.spend(tokens);
+        }
+    }
 }
 
 /// The answer to a request that streams. Waits for the first event, so that a request that fails before it has begun
@@ -85,7 +108,7 @@ where
     if let Ok(first) = tokio::time::timeout(running.keep_alive, tokens.next()).await {
         match first {
             Some(event) => {
-                running.meter.event(&event);
+                running.event(&event);
                 chunks.event(&event, &mut out)?;
             }
             None => is_done = true,
@@ -171,7 +194,7 @@ where
                 Poll::Pending => break,
                 Poll::Ready(None) => this.finish(None),
                 Poll::Ready(Some(event)) => {
-                    this.running.meter.event(&event);
+                    this.running.event(&event);
                     if let Err(error) = this.chunks.event(&event, &mut this.out) {
                         this.finish(Some(&error));
                     }

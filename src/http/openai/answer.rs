@@ -2,9 +2,11 @@
 
 use super::super::App;
 use super::super::error::ApiError;
-use super::super::guard::{KeyStream, Shown};
+use super::super::guard::Shown;
 use super::super::id;
+use super::super::quota::Place;
 use crate::client::{End, ModelCard, Outcome, Token};
+use axum::Extension;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -92,9 +94,12 @@ pub(super) fn stop_reason(outcome: &Outcome) -> Value {
     }
 }
 
-/// A place among the streams of the key that was shown.
-pub(super) fn key_place(app: &App, shown: Option<Shown>) -> Result<Option<KeyStream>, ApiError> {
-    app.key_streams.open(shown, app.settings.streams_per_key)
+/// A place among the requests of the key that was shown, if one was.
+///
+/// # Errors
+/// 429 if the key has as much as it may.
+pub(super) fn key_place(app: &App, shown: Option<Extension<Shown>>) -> Result<Option<Place>, ApiError> {
+    shown.map(|Extension(Shown(key))| app.quotas.open(key, &app.settings.per_key)).transpose()
 }
 
 /// Tokens as texts and bytes, for log probabilities.

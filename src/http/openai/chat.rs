@@ -29,7 +29,7 @@ pub(in crate::http) async fn chat(
 ) -> Result<Response, ApiError> {
     let handle = app.client.model(&body.model)?;
     let card = handle.card().clone();
-    let place = key_place(&app, shown.map(|Extension(shown)| shown))?;
+    let place = key_place(&app, shown)?;
     let (request, syntax) = request(&mut body, &card)?;
     let (n, max_tokens) = (request.generate.n, request.generate.max_tokens);
     let mut meter = app.metrics.request(&card.name, n, max_tokens);
@@ -40,14 +40,11 @@ pub(in crate::http) async fn chat(
             return Err(error.into());
         }
     };
-    meter.accepted(stream.prompt().len() as u64);
-    let chat = Chat {
-        head: Head::new(&app, "chatcmpl-", &card.name),
-        texts: TokenTexts(card.clone()),
-        n_prompt: stream.prompt().len() as u64,
-    };
+    let n_prompt = stream.prompt().len() as u64;
+    meter.accepted(n_prompt);
+    let chat = Chat { head: Head::new(&app, "chatcmpl-", &card.name), texts: TokenTexts(card.clone()), n_prompt };
     let choices = choices(&card, syntax, &stream);
-    let running = Running { meter, place, keep_alive: app.settings.keep_alive };
+    let running = Running::new(meter, place, app.settings.keep_alive, n_prompt);
     if body.stream.unwrap_or(false) {
         let chunks = ChatChunks::new(chat, choices, StreamOptions::include_usage(body.stream_options.as_ref()));
         return sse::respond(stream, chunks, running).await;
@@ -82,7 +79,7 @@ impl Chat {
         let mut usage = Usage { prompt: self.n_prompt, ..Usage::default() };
         let mut deltas = Vec::new();
         while let Some(event) = stream.next().await {
-            running.meter.event(&event);
+            running.event(&event);
             match &event {
                 Event::Token(token) => {
                     let (choice, whole) = &mut choices[token.choice as usize];

@@ -29,7 +29,7 @@ pub(in crate::http) async fn completions(
     Json(mut body): Json<CompletionBody>,
 ) -> Result<Response, ApiError> {
     let handle = app.client.model(&body.model)?;
-    let place = key_place(&app, shown.map(|Extension(shown)| shown))?;
+    let place = key_place(&app, shown)?;
     let mut generate = GenerateRequest::text("");
     generate.max_tokens = Some(MAX_TOKENS);
     body.sampling().apply(&mut generate)?;
@@ -47,8 +47,9 @@ pub(in crate::http) async fn completions(
     };
     let echo = body.echo.unwrap_or(false);
     let completion = Completion::new(&app, &handle, &started, &prompts, echo);
-    meter.accepted(completion.usage.prompt);
-    let running = Running { meter, place, keep_alive: app.settings.keep_alive };
+    let n_prompt = completion.usage.prompt;
+    meter.accepted(n_prompt);
+    let running = Running::new(meter, place, app.settings.keep_alive, n_prompt);
     let events = merged(started, generate.n);
     if body.stream.unwrap_or(false) {
         let chunks = CompletionChunks::new(completion, StreamOptions::include_usage(body.stream_options.as_ref()));
@@ -150,7 +151,7 @@ impl Completion {
 
     async fn collect(mut self, mut events: Events, mut running: Running) -> Result<Value, ApiError> {
         while let Some(event) = events.next().await {
-            running.meter.event(&event);
+            running.event(&event);
             match &event {
                 Event::Token(token) => {
                     let choice = &mut self.choices[token.choice as usize];

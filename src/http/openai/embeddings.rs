@@ -3,8 +3,11 @@
 use super::super::App;
 use super::super::body::Json;
 use super::super::error::ApiError;
+use super::super::guard::Shown;
+use super::answer::key_place;
 use super::request::PromptField;
 use crate::client::{Prompt, limits};
+use axum::Extension;
 use axum::extract::State;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -35,9 +38,11 @@ enum Encoding {
 /// The endpoint.
 pub(in crate::http) async fn embeddings(
     State(app): State<App>,
+    shown: Option<Extension<Shown>>,
     Json(body): Json<EmbeddingBody>,
 ) -> Result<axum::Json<Value>, ApiError> {
     let handle = app.client.model(&body.model)?;
+    let mut place = key_place(&app, shown)?;
     if body.dimensions.is_some() {
         return Err(ApiError::not_supported(
             "dimensions",
@@ -53,6 +58,9 @@ pub(in crate::http) async fn embeddings(
     for (index, prompt) in prompts.into_iter().enumerate() {
         let embedding = handle.embed(prompt).await?;
         n_tokens += u64::from(embedding.prompt_tokens);
+        if let Some(place) = &mut place {
+            place.spend(u64::from(embedding.prompt_tokens));
+        }
         let shown = match body.encoding_format.unwrap_or(Encoding::Float) {
             Encoding::Float => json!(embedding.values),
             Encoding::Base64 => {

@@ -67,7 +67,7 @@ pub(in crate::http) async fn responses(
 ) -> Result<Response, ApiError> {
     let handle = app.client.model(&body.model)?;
     let card = handle.card().clone();
-    let place = key_place(&app, shown.map(|Extension(shown)| shown))?;
+    let place = key_place(&app, shown)?;
     let streams = body.stream.unwrap_or(false);
     let echo = Echo::of(&body);
     let mut chat = as_chat(body)?;
@@ -83,7 +83,7 @@ pub(in crate::http) async fn responses(
     let n_prompt = stream.prompt().len() as u64;
     meter.accepted(n_prompt);
     let choice = choices(&card, syntax, &stream).swap_remove(0);
-    let running = Running { meter, place, keep_alive: app.settings.keep_alive };
+    let running = Running::new(meter, place, app.settings.keep_alive, n_prompt);
     let items = Items::new(&card.name, choice, n_prompt, echo);
     if streams {
         return sse::respond(stream, items, running).await;
@@ -94,7 +94,7 @@ pub(in crate::http) async fn responses(
 async fn collect(mut items: Items, mut stream: TokenStream, mut running: Running) -> Result<Value, ApiError> {
     let mut unheard = Vec::new();
     while let Some(event) = stream.next().await {
-        running.meter.event(&event);
+        running.event(&event);
         items.event(&event, &mut unheard)?;
         unheard.clear();
     }

@@ -8,7 +8,8 @@
 use axum::body::Body;
 use hyper::body::{Frame, SizeHint};
 use playhouse_config::checked::Limits;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv6Addr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,42 +25,131 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Door {
     places: u32,
+    places_per_ip: u32,
     seats: Arc<Mutex<Seats>>,
 }
 
 #[derive(Debug, Default)]
 struct Seats {
     taken: u32,
+    /// Of those, by address.
+    by_ip: HashMap<IpAddr, u32>,
     next: u64,
     /// Connections without a request, by when they began to wait.
-    waiting: BTreeMap<u64, Arc<Notify>>,
+    waiting: BTreeMap<u64, Waiting>,
+}
+
+#[derive(Debug, Clone)]
+struct Waiting {
+    evict: Arc<Notify>,
+    ip: Option<IpAddr>,
+}
+
+impl Seats {
+    fn take(&mut self, ip: Option<IpAddr>) {
+        self.taken += 1;
+        if let Some(ip) = ip {
+            *self.by_ip.entry(ip).or_default() += 1;
+        }
+    }
+
+    fn free(&mut self, ip: Option<IpAddr>) {
+        self.taken -= 1;
+        if let Some(ip) = ip
+            && let Some(n) = self.by_ip.get_mut(&ip)
+        {
+            *n -= 1;
+            if *n == 0 {
+                self.by_ip.remove(&ip);
+            }
+        }
+    }
+
+    /// Has the longest waiting connection, of everybody or of one address, make room; whether there is one.
+    fn evict(&mut self, ip: Option<IpAddr>) -> bool {
+        let is_meant = |waiting: &Waiting| ip.is_none() || waiting.ip == ip;
+        let longest = self.waiting.iter().find(|(_, waiting)| is_meant(waiting)).map(|(number, _)| *number);
+        let Some(waiting) = longest.and_then(|number| self.waiting.remove(&number)) else { return false };
+        waiting.evict.notify_one();
+        // Its place is free from now on; its own leaving must not free it again, see `Conn::drop`.
+        self.free(waiting.ip);
+        true
+    }
+}
+
+/// Why there is no place: those who have one have requests in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Full {
+    /// All places are taken.
+    All,
+    /// All that one address may have.
+    Address,
+}
+
+impl Full {
+    /// For a client of HTTP/1 that has not said anything yet.
+    pub(super) fn answer(self) -> &'static [u8] {
+        match self {
+            Self::All => {
+                b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+            }
+            Self::Address => {
+                b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+            }
+        }
+    }
+}
+
+/// Whom an address stands for: with IPv6 a client has a whole network of 64 bits.
+fn client_of(ip: IpAddr) -> IpAddr {
+    match ip.to_canonical() {
+        IpAddr::V6(ip) => {
+            let [a, b, c, d, ..] = ip.segments();
+            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
+        }
+        v4 => v4,
+    }
 }
 
 impl Door {
-    pub(super) fn new(places: u32) -> Self {
-        Self { places: places.max(1), seats: Arc::default() }
+    pub(super) fn new(limits: &Limits) -> Self {
+        let (places, places_per_ip) = (limits.connections.max(1), limits.connections_per_ip.max(1));
+        Self { places, places_per_ip, seats: Arc::default() }
     }
 
-    /// A place for a new connection. If all are taken, the connection that has waited longest makes room; if all have
-    /// requests in flight there is none.
-    pub(super) fn enter(&self) -> Option<Arc<Conn>> {
+    /// A place for a new connection. If all are taken, or all that its address may have, the one among them that has
+    /// waited longest makes room.
+    ///
+    /// # Errors
+    /// [`Full`]: all of them have requests in flight.
+    pub(super) fn enter(&self, ip: Option<IpAddr>) -> Result<Arc<Conn>, Full> {
+        let ip = ip.map(client_of);
         let mut seats = lock(&self.seats);
-        if seats.taken >= self.places {
-            let (_, longest) = seats.waiting.pop_first()?;
-            longest.notify_one();
-            // Its place is counted as free now; its own leaving must not free it again, see `Conn::drop`.
-        } else {
-            seats.taken += 1;
+        let n_of_ip = ip.and_then(|ip| seats.by_ip.get(&ip)).copied().unwrap_or(0);
+        if n_of_ip >= self.places_per_ip && !seats.evict(ip) {
+            return Err(Full::Address);
         }
+        if seats.taken >= self.places && !seats.evict(None) {
+            return Err(Full::All);
+        }
+        seats.take(ip);
         let number = seats.next;
         seats.next += 1;
         let evict = Arc::new(Notify::new());
-        seats.waiting.insert(number, evict.clone());
+        seats.waiting.insert(number, Waiting { evict: evict.clone(), ip });
         drop(seats);
-        let state =
-            State { phase: Phase::Head, since: Instant::now(), number, n_busy: 0, is_h2: false, has_place: true };
+        let state = State {
+            phase: Phase::Head,
+            since: Instant::now(),
+            number,
+            n_busy: 0,
+            is_h2: false,
+            has_begun: false,
+            is_cut: false,
+            has_place: true,
+        };
         let clocks = Mutex::default();
-        Some(Arc::new(Conn { seats: self.seats.clone(), evict, state: Mutex::new(state), clocks }))
+        Ok(Arc::new(Conn { seats: self.seats.clone(), evict, ip, state: Mutex::new(state), clocks }))
     }
 }
 
@@ -86,6 +176,9 @@ struct State {
     number: u64,
     n_busy: u32,
     is_h2: bool,
+    /// Part of a request's headers came.
+    has_begun: bool,
+    is_cut: bool,
     /// False once another connection was given the place.
     has_place: bool,
 }
@@ -95,6 +188,7 @@ struct State {
 pub(super) struct Conn {
     seats: Arc<Mutex<Seats>>,
     evict: Arc<Notify>,
+    ip: Option<IpAddr>,
     state: Mutex<State>,
     /// Of answers on their way.
     clocks: Mutex<Vec<Arc<Clock>>>,
@@ -106,9 +200,11 @@ impl Conn {
         self.evict.notified().await;
     }
 
-    /// Bytes came in.
-    pub(super) fn heard(&self) {
+    /// Bytes came in; whether they are the beginning of HTTP/2.
+    pub(super) fn heard(&self, is_h2: bool) {
         let mut state = lock(&self.state);
+        state.is_h2 |= is_h2;
+        state.has_begun |= state.phase != Phase::Busy;
         // What an HTTP/2 client sends between requests need not be the beginning of one.
         if state.phase == Phase::Idle && !state.is_h2 {
             (state.phase, state.since) = (Phase::Head, Instant::now());
@@ -119,6 +215,7 @@ impl Conn {
     pub(super) fn begin(self: &Arc<Self>, is_h2: bool) -> InFlight {
         let mut state = lock(&self.state);
         state.is_h2 = is_h2;
+        state.has_begun = false;
         state.n_busy += 1;
         if state.n_busy == 1 {
             state.phase = Phase::Busy;
@@ -140,10 +237,21 @@ impl Conn {
                 let mut seats = lock(&self.seats);
                 state.number = seats.next;
                 seats.next += 1;
-                seats.waiting.insert(state.number, self.evict.clone());
+                seats.waiting.insert(state.number, Waiting { evict: self.evict.clone(), ip: self.ip });
             }
             (state.phase, state.since) = (Phase::Idle, Instant::now());
         }
+    }
+
+    /// It is about to be closed, although its client did nothing wrong but to wait.
+    pub(super) fn cut(&self) {
+        lock(&self.state).is_cut = true;
+    }
+
+    /// Whether it was cut when it had said part of a request.
+    pub(super) fn is_cut_short(&self) -> bool {
+        let state = lock(&self.state);
+        state.is_cut && state.has_begun && state.phase == Phase::Head && !state.is_h2
     }
 
     /// When to look again; `None` if the connection is overdue.
@@ -170,7 +278,7 @@ impl Drop for Conn {
         // One that was told to make room has given its place away already.
         let is_waiting = seats.waiting.remove(&state.number).is_some();
         if state.has_place && (is_waiting || state.phase == Phase::Busy) {
-            seats.taken -= 1;
+            seats.free(self.ip);
         }
     }
 }
@@ -257,18 +365,45 @@ impl hyper::body::Body for Tracked {
 mod tests {
     use super::*;
 
+    fn door(connections: u32, connections_per_ip: u32) -> Door {
+        Door::new(&Limits { connections, connections_per_ip, ..Limits::default() })
+    }
+
+    #[tokio::test]
+    async fn an_address_has_its_share_and_takes_nobody_elses() {
+        let door = door(4, 2);
+        let ip = |text: &str| Some(text.parse::<IpAddr>().expect("an address"));
+        let one = ip("192.0.2.1");
+        let other = door.enter(ip("192.0.2.2")).expect("free");
+        let (first, second) = (door.enter(one).expect("free"), door.enter(one).expect("free"));
+        let third = door.enter(one).expect("the first of its own makes room");
+        tokio::time::timeout(Duration::from_secs(5), first.evicted()).await.expect("told to go");
+        drop(first);
+        let requests = (second.begin(false), third.begin(false));
+        assert_eq!(door.enter(one).err(), Some(Full::Address));
+        assert_eq!(door.enter(ip("::ffff:192.0.2.1")).err(), Some(Full::Address), "the same address");
+        assert!(door.enter(ip("192.0.2.3")).is_ok(), "others have room");
+        drop((requests, second, third, other));
+        let network = [ip("2001:db8::1"), ip("2001:db8::2"), ip("2001:db8:0:1::1")].map(|ip| door.enter(ip));
+        let [a, b, c] = network.map(|entered| entered.expect("free"));
+        let busy = (a.begin(true), b.begin(true));
+        assert_eq!(door.enter(ip("2001:db8::3")).err(), Some(Full::Address), "a network of 64 bits is one client");
+        drop((busy, a, b, c));
+        assert!(lock(&door.seats).by_ip.is_empty() && lock(&door.seats).taken == 0);
+    }
+
     #[tokio::test]
     async fn the_longest_waiting_makes_room_and_the_busy_stay() {
-        let door = Door::new(2);
-        let (first, second) = (door.enter().expect("free"), door.enter().expect("free"));
+        let door = door(2, 2);
+        let (first, second) = (door.enter(None).expect("free"), door.enter(None).expect("free"));
         let request = first.begin(false);
-        let third = door.enter().expect("the second makes room");
+        let third = door.enter(None).expect("the second makes room");
         tokio::time::timeout(Duration::from_secs(5), second.evicted()).await.expect("told to go");
         drop(second);
         let other = third.begin(false);
-        assert!(door.enter().is_none(), "both have requests in flight");
+        assert_eq!(door.enter(None).err(), Some(Full::All), "both have requests in flight");
         drop(request);
-        let fourth = door.enter().expect("the first waits again");
+        let fourth = door.enter(None).expect("the first waits again");
         tokio::time::timeout(Duration::from_secs(5), first.evicted()).await.expect("told to go");
         drop((first, other, third, fourth));
         assert_eq!(lock(&door.seats).taken, 0);
@@ -278,12 +413,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn waiting_has_two_deadlines() {
         let limits = Limits::default();
-        let door = Door::new(8);
-        let conn = door.enter().expect("free");
+        let door = door(8, 8);
+        let conn = door.enter(None).expect("free");
         assert_eq!(conn.overdue(&limits), Some(Instant::now() + limits.header_timeout));
         drop(conn.begin(false));
         assert_eq!(conn.overdue(&limits), Some(Instant::now() + limits.idle_timeout));
-        conn.heard();
+        conn.heard(false);
         assert_eq!(conn.overdue(&limits), Some(Instant::now() + limits.header_timeout));
         tokio::time::advance(limits.header_timeout).await;
         assert_eq!(conn.overdue(&limits), None);

@@ -1,12 +1,15 @@
-//! A socket that tells when bytes come in, and fails when none can be written for too long.
+//! A socket that tells when bytes come in, fails when none can be written for too long, and says why when it is closed on
+//! half a request.
 
 use super::door::Conn;
+use super::head;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep};
 
 /// See the module.
@@ -16,11 +19,29 @@ pub(super) struct GuardedIo<S> {
     patience: Duration,
     /// Runs while the other side takes nothing.
     stall: Option<Pin<Box<Sleep>>>,
+    farewell: Option<fn(&S)>,
+}
+
+impl GuardedIo<TcpStream> {
+    /// Over a connection without TLS: a client that is cut in the middle of its headers is told so.
+    pub(super) fn plain(inner: TcpStream, conn: Arc<Conn>, patience: Duration) -> Self {
+        let mut io = Self::new(inner, conn, patience);
+        io.farewell = Some(head::refuse);
+        io
+    }
+}
+
+impl<S> Drop for GuardedIo<S> {
+    fn drop(&mut self) {
+        if let Some(farewell) = self.farewell.filter(|_| self.conn.is_cut_short()) {
+            farewell(&self.inner);
+        }
+    }
 }
 
 impl<S> GuardedIo<S> {
     pub(super) fn new(inner: S, conn: Arc<Conn>, patience: Duration) -> Self {
-        Self { inner, conn, patience, stall: None }
+        Self { inner, conn, patience, stall: None, farewell: None }
     }
 
     fn judge<T>(&mut self, cx: &mut Context<'_>, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -42,7 +63,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for GuardedIo<S> {
         let before = buf.filled().len();
         let polled = Pin::new(&mut self.inner).poll_read(cx, buf);
         if buf.filled().len() > before {
-            self.conn.heard();
+            self.conn.heard(false);
         }
         polled
     }

@@ -6,11 +6,12 @@
 //! connections, however many, cannot keep a client out.
 
 mod door;
+mod head;
 mod io;
 mod tls;
 
 use super::error::ServeError;
-use super::{App, guard, routes};
+use super::{App, fresh, guard, routes};
 use axum::body::Body;
 use axum::http::Request;
 use door::{Conn, Door};
@@ -23,7 +24,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -52,18 +53,19 @@ const H2_WINDOWS: (u32, u32) = (256 << 10, 1 << 20);
 const H2_RESETS_MAX: usize = 20;
 /// Bytes that the kernel holds for a reader that takes nothing. Left alone it would hold megabytes, for each of them.
 const SEND_BUFFER: usize = 128 << 10;
-/// For clients that come when every place is taken by a request in flight.
-const FULL: &[u8] =
-    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
 /// After a failed `accept` (no descriptors left, usually) the next one is tried this much later.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves TCP until `stop`.
 pub(super) async fn serve_tcp(app: App, listener: TcpListener, stop: CancellationToken) -> Result<(), ServeError> {
     let address = listener.local_addr()?;
+    app.read_keys()?;
     check_exposure(&app, address)?;
     let tls = app.settings.tls.clone().map(tls::Tls::open).transpose()?;
-    let watch = tls.clone().map(|tls| tokio::spawn(tls.watch(stop.clone())));
+    let _watches = [
+        tls.clone().map(|tls| AbortOnDrop(tokio::spawn(tls.watch(app.settings.reread.clone(), stop.clone())))),
+        watch_keys(&app, &stop),
+    ];
     let server = Server::new(app, stop.clone());
     let mut tasks = JoinSet::new();
     loop {
@@ -79,36 +81,50 @@ pub(super) async fn serve_tcp(app: App, listener: TcpListener, stop: Cancellatio
         // Tokens are small and each is wanted at once.
         let _ = socket.set_nodelay(true);
         let _ = rustix::net::sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER);
-        let Some(conn) = server.door.enter() else {
-            if tls.is_none() {
-                // A courtesy: whoever cannot take it at once does not get it.
-                let _ = socket.try_write(FULL);
-            }
-            continue;
-        };
-        let (server, tls) = (server.clone(), tls.clone());
-        tasks.spawn(async move {
-            let io = GuardedIo::new(socket, conn.clone(), server.app.settings.limits.client_timeout);
-            match tls {
-                None => server.drive(io, conn, Peer::Tcp(peer)).await,
-                Some(tls) => {
-                    let patience = server.app.settings.limits.header_timeout;
-                    let handshake = tokio::time::timeout(patience, tls.accept(io));
-                    let evicted = conn.evicted();
-                    let io = tokio::select! { io = handshake => io, () = evicted => return };
-                    if let Ok(Ok(io)) = io {
-                        server.drive(io, conn, Peer::Tcp(peer)).await;
-                    }
+        let conn = match server.door.enter(Some(peer.ip())) {
+            Ok(conn) => conn,
+            Err(full) => {
+                if tls.is_none() {
+                    // A courtesy: whoever cannot take it at once does not get it.
+                    let _ = socket.try_write(full.answer());
                 }
+                continue;
             }
-        });
+        };
+        let patience = server.app.settings.limits.client_timeout;
+        // Two tasks, not one for both cases: thousands of plain connections need no room for TLS.
+        match tls.clone() {
+            None => tasks.spawn(server.clone().drive_plain(socket, conn, Peer::Tcp(peer))),
+            Some(tls) => {
+                let io = GuardedIo::new(socket, conn.clone(), patience);
+                tasks.spawn(server.clone().drive_tls(tls, io, conn, Peer::Tcp(peer)))
+            }
+        };
     }
     drop(listener);
     server.drain(tasks).await;
-    if let Some(watch) = watch {
-        watch.abort();
-    }
     Ok(())
+}
+
+/// A task that ends with its owner.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Looks after the files of keys, if there are any.
+fn watch_keys(app: &App, stop: &CancellationToken) -> Option<AbortOnDrop> {
+    let files = app.key_files();
+    if files.is_empty() {
+        return None;
+    }
+    let (app, reread, every) = (app.clone(), app.settings.reread.clone(), app.settings.look_every);
+    // A file without keys is an error: keys that were asked for once do not stop being asked for.
+    let read = move || app.read_keys();
+    Some(AbortOnDrop(tokio::spawn(fresh::watch(files, every, reread, stop.clone(), read))))
 }
 
 /// Serves a Unix socket until `stop`.
@@ -125,7 +141,7 @@ pub(super) async fn serve_unix(app: App, listener: UnixListener, stop: Cancellat
                 Err(error) => { pause_after(&error).await; continue }
             },
         };
-        let Some(conn) = server.door.enter() else { continue };
+        let Ok(conn) = server.door.enter(None) else { continue };
         let server = server.clone();
         tasks.spawn(async move {
             let io = GuardedIo::new(socket, conn.clone(), server.app.settings.limits.client_timeout);
@@ -141,7 +157,7 @@ fn check_exposure(app: &App, address: SocketAddr) -> Result<(), ServeError> {
     if address.ip().is_loopback() || settings.insecure {
         return Ok(());
     }
-    let missing = match (settings.api_keys.is_empty(), settings.tls.is_none()) {
+    let missing = match (app.keys.load().users.is_empty(), settings.tls.is_none()) {
         (true, true) => "are neither API keys nor a certificate",
         (true, false) => "are no API keys",
         (false, true) => "is no certificate",
@@ -166,9 +182,40 @@ struct Server {
 
 impl Server {
     fn new(app: App, stop: CancellationToken) -> Self {
-        let door = Arc::new(Door::new(app.settings.limits.connections));
+        let door = Arc::new(Door::new(&app.settings.limits));
         let http = Arc::new(builder(&app));
         Self { router: routes::router(&app), app, door, http, stop }
+    }
+
+    /// Drives one connection to its end, once there is a request.
+    async fn drive_plain(self, socket: TcpStream, conn: Arc<Conn>, peer: Peer) {
+        let limits = &self.app.settings.limits;
+        tokio::select! {
+            arrived = head::arrives(&socket, &conn) => {
+                if arrived.is_ok() {
+                    let io = GuardedIo::plain(socket, conn.clone(), limits.client_timeout);
+                    // On the heap: a task that waits for a head needs no room for what comes after it.
+                    Box::pin(self.drive(io, conn, peer)).await;
+                }
+                return;
+            }
+            () = conn.evicted() => {}
+            () = tokio::time::sleep(limits.header_timeout) => {}
+            () = self.stop.cancelled() => return,
+        }
+        conn.cut();
+        if conn.is_cut_short() {
+            head::refuse(&socket);
+        }
+    }
+
+    /// Drives one connection to its end, after its handshake.
+    async fn drive_tls(self, tls: tls::Tls, io: GuardedIo<TcpStream>, conn: Arc<Conn>, peer: Peer) {
+        let handshake = tokio::time::timeout(self.app.settings.limits.header_timeout, tls.accept(io));
+        let io = tokio::select! { io = handshake => io, () = conn.evicted() => return };
+        if let Ok(Ok(io)) = io {
+            self.drive(io, conn, peer).await;
+        }
     }
 
     /// Drives one connection to its end.
@@ -200,7 +247,7 @@ impl Server {
                     }
                     return;
                 }
-                () = conn.evicted() => return,
+                () = conn.evicted() => return conn.cut(),
                 () = self.stop.cancelled(), if !stopping => {
                     stopping = true;
                     connection.as_mut().graceful_shutdown();
@@ -208,7 +255,7 @@ impl Server {
                 () = tokio::time::sleep_until(next_look) => match conn.overdue(limits) {
                     None => {
                         tracing::debug!("a connection was cut: nothing came, or nothing was taken, in time");
-                        return;
+                        return conn.cut();
                     }
                     Some(at) => next_look = at,
                 },

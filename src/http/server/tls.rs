@@ -1,11 +1,11 @@
 //! TLS by rustls, with certificate and key that may change while the front runs.
 
 use super::super::error::ServeError;
+use super::super::fresh::{self, Reread};
 use super::super::settings::TlsFiles;
 use arc_swap::ArcSwap;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -31,40 +31,12 @@ impl Tls {
         TlsAcceptor::from(self.config.load_full()).accept(io).await
     }
 
-    /// Looks at the files from time to time and takes over what changed. What cannot be used changes nothing.
-    pub(super) async fn watch(self, stop: CancellationToken) {
-        let mut seen = stamps(&self.files);
-        let mut ticks = tokio::time::interval(self.files.look_every);
-        loop {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                _ = ticks.tick() => {}
-            }
-            let now = stamps(&self.files);
-            if now == seen {
-                continue;
-            }
-            match read(&self.files) {
-                Ok(config) => {
-                    self.config.store(config);
-                    seen = now;
-                    tracing::info!(certificate = %self.files.certificate.display(), "the certificate was read again");
-                }
-                // Half of a pair may have been written: look again next time.
-                Err(error) => tracing::warn!(%error, "the new certificate is not used"),
-            }
-        }
+    /// Takes over what the files hold when they change. What cannot be used changes nothing.
+    pub(super) async fn watch(self, reread: Reread, stop: CancellationToken) {
+        let TlsFiles { certificate, key, look_every } = self.files.clone();
+        let take_over = || read(&self.files).map(|config| self.config.store(config));
+        fresh::watch(vec![certificate, key], look_every, reread, stop, take_over).await;
     }
-}
-
-type Stamp = Option<(SystemTime, u64)>;
-
-fn stamps(files: &TlsFiles) -> (Stamp, Stamp) {
-    let stamp = |path: &Path| {
-        let meta = std::fs::metadata(path).ok()?;
-        Some((meta.modified().ok()?, meta.len()))
-    };
-    (stamp(&files.certificate), stamp(&files.key))
 }
 
 fn read(files: &TlsFiles) -> Result<Arc<ServerConfig>, ServeError> {
