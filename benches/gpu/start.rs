@@ -111,5 +111,6 @@ fn batch(range: std::ops::Range<u32>) -> Batch {
         slots: range.clone().collect(),
         spans: vec![SeqSpan { first: 0, n_tokens, kv_len, blocks: (0..kv_len.div_ceil(BLOCK_TOKENS) as u32).collect() }],
         logit_rows: vec![n_tokens as u32 - 1],
+        feeds: Vec::new(),
     }
 }
