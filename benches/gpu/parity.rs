@@ -122,6 +122,7 @@ fn run<B: Backend>(model: &mut Runner<B>, n_vocab: usize) -> Result<Run, Trouble
             blocks: (0..N_TOKENS.div_ceil(BLOCK_TOKENS) as u32).collect(),
         }],
         logit_rows: ids,
+        feeds: Vec::new(),
     };
     let (mut out, mut layers) = (Vec::new(), Vec::new());
     let mut look = |seen: Intermediate<'_>| {

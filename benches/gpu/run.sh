@@ -18,7 +18,7 @@ ALL="tests sanitizer synth parity determinism memory start bench table"
 QUICK="qwen2.5-0.5b-F16 qwen2.5-0.5b-Q8_0 qwen2.5-0.5b-Q4_K_M phi-3-mini-Q4_K_M llama-3-8b-Q4_K_M gpt-oss-20b-MXFP4"
 MODELS=${MODELS:-"$QUICK phi-3-mini-F16 llama-3-8b-F16"}
 ONE_OF_EACH=${ONE_OF_EACH:-"qwen2.5-0.5b-F16 phi-3-mini-Q4_K_M llama-3-8b-F16 llama-3-8b-Q4_K_M gpt-oss-20b-MXFP4"}
-CUDA_TESTS="attention embed gate loader matmul memory moe norm rope_kv sample"
+CUDA_TESTS="attention embed feed gate loader matmul memory moe norm rope_kv sample"
 RUNS=${RUNS:-5}
 
 say() { echo "$@" | tee -a "$LOG"; }

@@ -116,5 +116,6 @@ fn batch(range: std::ops::Range<u32>) -> Batch {
             blocks: (0..kv_len.div_ceil(BLOCK_TOKENS) as u32).collect(),
         }],
         logit_rows: vec![n_tokens as u32 - 1],
+        feeds: Vec::new(),
     }
 }

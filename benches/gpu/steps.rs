@@ -1,8 +1,9 @@
 //! `cargo run --release --example steps -- FILE...`: what the host does between the steps of a GPU, through the whole engine.
 //!
-//! Decodes greedily, and with penalties, 1, 16, 64 and 256 sequences side by side, each from 128 tokens of prompt, and prints the
-//! tokens per second of the steps in which all decode, the time of a step, and how long of it the host was outside the model: while it
-//! settles tokens, plans and makes events. Where the engine is a step ahead, the device works meanwhile.
+//! Decodes greedily, and with penalties, 1, 16, 64 and 256 sequences side by side, each from 128 tokens of prompt, with the engine in step with
+//! the device and a step ahead of it. Prints the tokens per second while all decode, the time of a step, and what the host did in it:
+//! outside the model (settle tokens, plan, make events), giving the device a step, and waiting for one. In step, the device has nothing to do
+//! during the first two; a step ahead, it has a next step for as long as the host finds time to wait.
 
 use playhouse::backend::{BackendError, Batch, MemoryUse, SampleRow, Sampled};
 use playhouse::engine::{
@@ -10,11 +11,9 @@ use playhouse::engine::{
 };
 use playhouse::gguf::GgufFile;
 use playhouse_actors::engine::{Engine, EngineRequest, RequestId, SamplingParams, Task};
-use std::cell::Cell;
 use std::error::Error;
 use std::path::Path;
 use std::process::ExitCode;
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 const PROMPT: usize = 128;
@@ -24,49 +23,56 @@ const SEQUENCES: [usize; 4] = [1, 16, 64, 256];
 fn main() -> ExitCode {
     let mut failed = false;
     for path in std::env::args().skip(1) {
-        if let Err(error) = measure(Path::new(&path)) {
-            println!("{path}: {error}");
-            failed = true;
+        for step_ahead in [false, true] {
+            if let Err(error) = measure(Path::new(&path), step_ahead) {
+                println!("{path}: {error}");
+                failed = true;
+            }
         }
     }
     ExitCode::from(u8::from(failed))
 }
 
-fn measure(path: &Path) -> Result<(), Box<dyn Error>> {
+fn measure(path: &Path, step_ahead: bool) -> Result<(), Box<dyn Error>> {
     let file = GgufFile::open(path)?;
     let gpu = DeviceName::find("gpu")?;
     let most = *SEQUENCES.iter().max().expect("there are some");
     let limits = RunnerLimits::new(PROMPT + DECODE as usize, most, gpu.default_kv());
     let model = load_model(&file, &gpu, DeviceOptions::default(), limits, &mut |_| {})?;
-    let inside = Rc::new(Cell::new(Duration::ZERO));
-    let timed = Timed { model, inside: Rc::clone(&inside) };
-    let mut engine = LlmEngine::new(timed, EngineOptions { prefix_cache: false, ..EngineOptions::default() });
+    let options = EngineOptions { prefix_cache: false, step_ahead, ..EngineOptions::default() };
+    let mut engine = LlmEngine::new(Timed { model, given: Duration::ZERO, waited: Duration::ZERO }, options);
     for penalised in [false, true] {
         for n in SEQUENCES {
-            let what = if penalised { "penalised" } else { "greedy" };
             // The first run records the graphs.
-            decode(&mut engine, &inside, n, penalised)?;
-            let (steps, wall, outside) = decode(&mut engine, &inside, n, penalised)?;
-            let per_step = |time: Duration| time.as_secs_f64() * 1e6 / f64::from(steps);
+            decode(&mut engine, n, penalised)?;
+            let run = decode(&mut engine, n, penalised)?;
+            let per_step = |time: Duration| time.as_secs_f64() * 1e6 / f64::from(run.n_steps);
             println!(
-                "{}: {n} {what}: {:.0} tokens/s, {:.1} us a step, {:.1} us of it outside the model",
+                "{}, {}, {n} {}: {:.0} tokens/s, {:.1} us a step: {:.1} outside the model, {:.1} giving, {:.1} waiting",
                 path.display(),
-                n as f64 * f64::from(steps) / wall.as_secs_f64(),
-                per_step(wall),
-                per_step(outside)
+                if step_ahead { "ahead" } else { "in step" },
+                if penalised { "penalised" } else { "greedy" },
+                n as f64 * f64::from(run.n_steps) / run.wall.as_secs_f64(),
+                per_step(run.wall),
+                per_step(run.wall.saturating_sub(run.given + run.waited)),
+                per_step(run.given),
+                per_step(run.waited)
             );
         }
     }
     Ok(())
 }
 
-/// Steps in which all sequences decode, the time they took, and how much of it was outside the model.
-fn decode(
-    engine: &mut LlmEngine<Timed>,
-    inside: &Cell<Duration>,
-    n: usize,
-    penalised: bool,
-) -> Result<(u32, Duration, Duration), Box<dyn Error>> {
+/// What the steps took in which all sequences decoded.
+#[derive(Default)]
+struct Run {
+    n_steps: u32,
+    wall: Duration,
+    given: Duration,
+    waited: Duration,
+}
+
+fn decode(engine: &mut LlmEngine<Timed>, n: usize, penalised: bool) -> Result<Run, Box<dyn Error>> {
     let n_vocab = engine.model().n_vocab();
     for i in 0..n {
         let mut sampling = SamplingParams::greedy();
@@ -88,36 +94,30 @@ fn decode(
             deadline: None,
         })?;
     }
-    let mut events = Vec::new();
-    let (mut steps, mut wall, mut outside) = (0, Duration::ZERO, Duration::ZERO);
+    let (mut run, mut events) = (Run::default(), Vec::new());
     loop {
-        let (start, before) = (Instant::now(), inside.get());
+        events.clear();
+        let (start, given, waited) = (Instant::now(), engine.model().given, engine.model().waited);
         let report = engine.step(&mut events)?;
         if report.n_decode_tokens as usize == n && report.n_prefill_tokens == 0 {
-            steps += 1;
-            wall += start.elapsed();
-            outside += start.elapsed().saturating_sub(inside.get() - before);
+            run.n_steps += 1;
+            run.wall += start.elapsed();
+            run.given += engine.model().given - given;
+            run.waited += engine.model().waited - waited;
         }
         if !report.busy {
-            return Ok((steps, wall, outside));
+            return Ok(run);
         }
-        events.clear();
     }
 }
 
 /// A model that notes how long its calls take.
 struct Timed {
     model: Box<dyn StepModel + Send>,
-    inside: Rc<Cell<Duration>>,
-}
-
-impl Timed {
-    fn time<T>(&mut self, call: impl FnOnce(&mut dyn StepModel) -> T) -> T {
-        let start = Instant::now();
-        let result = call(&mut *self.model);
-        self.inside.set(self.inside.get() + start.elapsed());
-        result
-    }
+    /// Until they were enqueued.
+    given: Duration,
+    /// Until they were done.
+    waited: Duration,
 }
 
 impl StepModel for Timed {
@@ -134,24 +134,36 @@ impl StepModel for Timed {
     }
 
     fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), BackendError> {
-        self.time(|model| model.run(batch, logits))
+        let start = Instant::now();
+        let result = self.model.run(batch, logits);
+        self.waited += start.elapsed();
+        result
     }
 
     fn hidden(&mut self, rows: &[u32], hidden: &mut Vec<f32>) -> Result<(), BackendError> {
-        self.time(|model| model.hidden(rows, hidden))
+        self.model.hidden(rows, hidden)
     }
 
-    fn run_and_choose(
-        &mut self,
-        batch: &Batch,
-        rows: &[SampleRow<'_>],
-        logits: &mut Vec<f32>,
-    ) -> Result<Option<Vec<Sampled>>, BackendError> {
-        self.time(|model| model.run_and_choose(batch, rows, logits))
+    fn runs_ahead(&self) -> bool {
+        self.model.runs_ahead()
+    }
+
+    fn enqueue(&mut self, batch: &Batch, rows: &[SampleRow<'_>]) -> Result<bool, BackendError> {
+        let start = Instant::now();
+        let result = self.model.enqueue(batch, rows);
+        self.given += start.elapsed();
+        result
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sampled>, BackendError> {
+        let start = Instant::now();
+        let result = self.model.collect();
+        self.waited += start.elapsed();
+        result
     }
 
     fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), BackendError> {
-        self.time(|model| model.copy_blocks(pairs))
+        self.model.copy_blocks(pairs)
     }
 
     fn memory(&self) -> MemoryUse {

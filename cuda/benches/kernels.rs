@@ -189,6 +189,7 @@ impl Runner {
             ("greedy", Request::greedy()),
             ("greedy, 5 logprobs", Request { n_logprobs: Some(5), ..Request::greedy() }),
             ("temperature", base),
+            ("min-p 0.05", Request { min_p: 0.05, ..base }),
             ("top-p 0.95", Request { top_p: 0.95, ..base }),
             ("top-k 50, top-p 0.9", Request { top_k: 50, top_p: 0.9, ..base }),
         ];

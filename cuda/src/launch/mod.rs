@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod embed;
+pub mod feed;
 pub mod gate;
 pub mod matmul;
 pub mod matrix;

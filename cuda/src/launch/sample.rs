@@ -6,6 +6,7 @@
 use super::matmul::Rows;
 use crate::arena::{Arena, Buffer, Element};
 use crate::error::CudaError;
+use crate::gpu::Gpu;
 use crate::kernels::{Args, Kernels, Launch};
 use crate::pinned::Pinned;
 
@@ -320,6 +321,32 @@ pub struct Outputs {
     pub top_logprobs: Buffer<f32>,
 }
 
+/// Where results land on the host.
+#[derive(Debug)]
+pub struct Landing {
+    /// As [`Outputs::results`].
+    pub results: Pinned<RowResult>,
+    /// As [`Outputs::top_tokens`].
+    pub top_tokens: Pinned<u32>,
+    /// As [`Outputs::top_logprobs`].
+    pub top_logprobs: Pinned<f32>,
+}
+
+impl Landing {
+    /// Room for what a sampler with these limits gives.
+    ///
+    /// # Errors
+    /// No memory to lock.
+    pub fn new(gpu: &Gpu, limits: &Limits) -> Result<Landing, CudaError> {
+        let n_top = limits.rows * limits.top;
+        Ok(Landing {
+            results: Pinned::new(gpu, limits.rows)?,
+            top_tokens: Pinned::new(gpu, n_top)?,
+            top_logprobs: Pinned::new(gpu, n_top)?,
+        })
+    }
+}
+
 /// Buffers of a sampler: everything it needs from step to step.
 #[derive(Debug, Clone)]
 pub struct Sampler {
@@ -415,6 +442,42 @@ impl Sampler {
     /// # Errors
     /// As there.
     pub fn launch_with(&self, kernels: &Kernels, logits: &Rows<f32>, n: usize, cluster: u32) -> Result<(), CudaError> {
+        let Outputs { results, top_tokens, top_logprobs, .. } = &self.outputs;
+        self.launch_to(kernels, logits, n, cluster, [results.ptr(), top_tokens.ptr(), top_logprobs.ptr()])
+    }
+
+    /// As [`Sampler::launch`], with results written to the host's memory, to be read there once this has run. The chosen ids are in
+    /// [`Outputs::tokens`], too.
+    ///
+    /// # Errors
+    /// As there, and for a landing that is too small.
+    pub fn launch_for_host(
+        &self,
+        kernels: &Kernels,
+        logits: &Rows<f32>,
+        n: usize,
+        landing: &mut Landing,
+    ) -> Result<(), CudaError> {
+        let Limits { rows, top, .. } = self.limits;
+        let lens = [landing.results.len(), landing.top_tokens.len(), landing.top_logprobs.len()];
+        if lens[0] < rows || lens[1] < rows * top || lens[2] < rows * top {
+            return Err(contract("landing", format!("room for {rows} rows, {top} most likely"), format!("{lens:?}")));
+        }
+        let info = kernels.gpu().info();
+        let cluster = cluster(n, info.n_sms, info.capability);
+        let Landing { results, top_tokens, top_logprobs } = landing;
+        let places = [results.device_ptr(), top_tokens.device_ptr(), top_logprobs.device_ptr()];
+        self.launch_to(kernels, logits, n, cluster, places)
+    }
+
+    fn launch_to(
+        &self,
+        kernels: &Kernels,
+        logits: &Rows<f32>,
+        n: usize,
+        cluster: u32,
+        [results, top_tokens, top_logprobs]: [u64; 3],
+    ) -> Result<(), CudaError> {
         let Limits { n_vocab, rows, top, .. } = self.limits;
         if n == 0 || n > rows {
             return Err(contract("rows", format!("1 to {rows}"), n));
@@ -435,10 +498,10 @@ impl Sampler {
             forbidden: self.inputs.forbidden.ptr(),
             masks: self.inputs.masks.ptr(),
             history: self.inputs.history.ptr(),
-            results: self.outputs.results.ptr(),
+            results,
             tokens: self.outputs.tokens.ptr(),
-            top_tokens: self.outputs.top_tokens.ptr(),
-            top_logprobs: self.outputs.top_logprobs.ptr(),
+            top_tokens,
+            top_logprobs,
             n_vocab: n_vocab as i32,
             stride: logits.stride as i32,
             mask_words: n_vocab.div_ceil(64) as i32,

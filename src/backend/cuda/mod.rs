@@ -177,7 +177,10 @@ impl CudaBackend {
             self.gpu.synchronize()?;
             self.inputs = Some(StepInputs::new(&self.gpu, &self.work.arena, len)?);
         }
-        self.inputs.as_mut().expect("made above").upload(&arrangement)
+        let chosen = self.sampling.as_ref().map(|sampling| sampling.chosen().clone());
+        let pieces = self.sampling.as_mut().map_or(Ok(Vec::new()), Sampling::pieces)?;
+        let inputs = self.inputs.as_mut().expect("made above");
+        inputs.upload(&self.kernels, &arrangement, &pieces, chosen.as_ref())
     }
 
     /// Cuts spans anew if these heads need other pieces than those of the model.
@@ -426,12 +429,22 @@ impl Backend for CudaBackend {
         result.map_err(|e| self.error(e))
     }
 
-    fn choose(
-        &mut self,
-        logits: &mut CudaTensor,
-        rows: &[SampleRow<'_>],
-    ) -> Result<Option<Vec<Sampled>>, BackendError> {
-        let result = self.check_failed().and_then(|()| self.run_choose(logits, rows));
+    fn chooses(&self) -> bool {
+        self.sampling.is_some()
+    }
+
+    fn will_choose(&mut self, rows: &[SampleRow<'_>]) -> Result<bool, BackendError> {
+        let result = self.check_failed().and_then(|()| self.announce(rows));
+        result.map_err(|e| self.error(e))
+    }
+
+    fn choose(&mut self, logits: &mut CudaTensor) -> Result<(), BackendError> {
+        let result = self.check_failed().and_then(|()| self.run_choose(logits));
+        result.map_err(|e| self.error(e))
+    }
+
+    fn chosen(&mut self) -> Result<Vec<Sampled>, BackendError> {
+        let result = self.check_failed().and_then(|()| self.take_chosen());
         result.map_err(|e| self.error(e))
     }
 
