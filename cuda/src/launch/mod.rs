@@ -8,3 +8,4 @@ pub mod matrix;
 pub mod moe;
 pub mod norm;
 pub mod sample;
+mod wide;
