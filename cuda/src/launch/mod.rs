@@ -10,3 +10,4 @@ pub mod moe;
 pub mod norm;
 pub mod peak;
 pub mod sample;
+mod wide;
