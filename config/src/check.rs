@@ -1,14 +1,15 @@
 //! Judges the raw configuration. Goes on after a problem, so that one run reports all of them.
 
 use crate::checked::{
-    ApiKey, Backoff, Config, EMBEDDED, Host, Limits, MemoryLimit, Model, ModelSource, Replicas, SimulatedDevice, Supervision,
+    ApiKey, Backoff, Config, EMBEDDED, Host, Limits, MemoryLimit, Model, ModelSource, Replicas, SimulatedDevice,
+    Supervision,
 };
 use crate::device::{DeviceSelector, Devices, PciBusId, is_uuid};
 use crate::error::{ConfigError, Report, did_you_mean};
 use crate::overrides::Overrides;
 use crate::raw::{
-    RawBackoff, RawBudget, RawConfig, RawDefaults, RawDevice, RawDevices, RawDuration, RawHost, RawLimit, RawLimits, RawModel,
-    RawReplicas, RawSimulatedDevice, RawSize, RawSupervision,
+    RawBackoff, RawBudget, RawConfig, RawDefaults, RawDevice, RawDevices, RawDuration, RawHost, RawLimit, RawLimits,
+    RawModel, RawReplicas, RawSimulatedDevice, RawSize, RawSupervision,
 };
 use crate::source::At;
 use crate::units::{Bytes, UnitError, parse_duration, parse_size};

@@ -119,7 +119,7 @@ fn wanted(model: &Model, catalog: &Catalog, running: &Running, is_on_gpu: bool) 
         replicas: model.replicas,
         priority: model.priority,
         kv_budget_bytes: model.kv_budget_bytes,
-            memory_limit: model.memory_limit,
+        memory_limit: model.memory_limit,
         demand: demand(model, card, is_on_gpu).map_err(|error| settings(error.to_string()))?,
         current: running.placed.get(&model.name).cloned().unwrap_or_default(),
     })

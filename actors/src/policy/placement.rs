@@ -10,8 +10,8 @@
 //! on what they find free then.
 
 use crate::inventory::DeviceId;
-use playhouse_config::units::Bytes;
 use playhouse_config::checked::MemoryLimit;
+use playhouse_config::units::Bytes;
 use playhouse_config::{DeviceSelector, Devices, PciBusId, Replicas, SelectError};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -661,7 +661,10 @@ mod tests {
         );
         // A budget for KV counts in full; a share may be enough on one card and not on another.
         capped.memory_limit = Some(MemoryLimit::Percent(50));
-        assert_eq!(where_is(&place(&[capped.clone()], &[card("a", 24), card("b", 28)], &cpu()).expect("b"), "m"), ["b"]);
+        assert_eq!(
+            where_is(&place(&[capped.clone()], &[card("a", 24), card("b", 28)], &cpu()).expect("b"), "m"),
+            ["b"]
+        );
         capped.kv_budget_bytes = Some(2 * GIB);
         let error = place(&[capped], &[card("a", 24), card("b", 28)], &cpu()).expect_err("15 of 14");
         assert!(matches!(error, PlacementError::OverLimit { .. }), "{error}");
