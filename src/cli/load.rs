@@ -98,6 +98,7 @@ impl ModelArgs {
     pub(crate) fn load(&self, limits: impl FnOnce(usize, KvDtype) -> RunnerLimits) -> Result<LoadedModel, CliError> {
         let start = Instant::now();
         let device = self.device()?;
+        let _warm = device.warm_up();
         let file = self.open()?;
         let spec = describe(&file).map_err(LoadError::from)?;
         let tokenizer = self.tokenizer(&file)?;
@@ -105,10 +106,8 @@ impl ModelArgs {
         let template = ChatTemplate::from_gguf(&file, &tokenizer).map_err(|e| CliError::new(Exit::BadModel, e))?;
         let limits = limits(self.n_ctx(&spec)?, device.default_kv());
         let bar = Bar::new();
-        let options = DeviceOptions {
-            n_threads: self.threads.map(usize::from),
-            memory_cap: self.memory_limit.map(arena_bytes),
-        };
+        let options =
+            DeviceOptions { n_threads: self.threads.map(usize::from), memory_cap: self.memory_limit.map(arena_bytes) };
         let runner = load_model(&file, &device, options, limits, &mut |progress| bar.show(&progress))?;
         bar.clear();
         Ok(LoadedModel { file, tokenizer, template, runner, spec, device, load_time: start.elapsed() })

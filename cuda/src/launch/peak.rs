@@ -13,7 +13,8 @@ const PER_STEP: u64 = 2 * 32 * 64 * 128 * 16;
 /// [`CudaError::Contract`] where `sink` has no element; a failed launch.
 pub fn multiply(kernels: &Kernels, sink: &Buffer<f32>, n_steps: u32) -> Result<u64, CudaError> {
     if sink.is_empty() || i32::try_from(n_steps).is_err() {
-        let (expected, found) = ("a place for a sum, steps that fit an i32".into(), format!("{}, {n_steps}", sink.len()));
+        let (expected, found) =
+            ("a place for a sum, steps that fit an i32".into(), format!("{}, {n_steps}", sink.len()));
         return Err(CudaError::Contract { op: "peak::multiply".into(), expected, found });
     }
     let n_blocks = 2 * kernels.gpu().info().n_sms;

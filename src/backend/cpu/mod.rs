@@ -36,11 +36,11 @@ mod tests;
 pub use limits::{measure_multiply_adds, measure_read_bandwidth};
 pub use weight::CpuWeight;
 
+use super::routes::Routing;
 use super::{
     AttentionOp, Backend, BackendError, Batch, GatedOp, HeadOp, KvLayout, Linear, MemoryUse, MoeOp, QkvOp,
     RouteDifference, Routes, WeightSource,
 };
-use super::routes::Routing;
 use kv::KvCache;
 use lanes::Isa;
 use pool::Pool;
