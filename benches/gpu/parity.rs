@@ -16,7 +16,7 @@ use playhouse::engine::forward::Intermediate;
 use playhouse::engine::{DeviceName, Runner, RunnerLimits};
 use playhouse::gguf::GgufFile;
 use playhouse::models::describe;
-
+use std::path::Path;
 
 const N_TOKENS: usize = 64;
 /// Most that a router's score may be off by, where scores have a deviation of 2: about 2^-11 of f16, thirty layers deep.
@@ -25,7 +25,7 @@ const SCORE_ERROR: f64 = 0.1;
 /// Logits `[N_TOKENS, V]`, and the residual stream after each layer.
 type Run = (Vec<f32>, Vec<Vec<f32>>);
 
-pub(crate) fn check(path: &std::path::PathBuf, verdicts: &mut Verdicts) -> Result<(), Trouble> {
+pub(crate) fn check(path: &Path, verdicts: &mut Verdicts) -> Result<(), Trouble> {
     let name = name_of(path);
     let file = GgufFile::open(path)?;
     let spec = describe(&file)?;
@@ -48,12 +48,18 @@ pub(crate) fn check(path: &std::path::PathBuf, verdicts: &mut Verdicts) -> Resul
     let compared = Compared::new(&expected.0, &found.0, spec.n_vocab);
     let holds = compared.worst < budget && compared.all_finite;
     verdicts.line(holds, &format!("parity {name}: {compared}, {budget:.0e} allowed"));
-    println!("     {name}: residual's relative error after each layer: {}", layers(&expected.1, &found.1, spec.hidden_dim));
+    println!(
+        "     {name}: residual's relative error after each layer: {}",
+        layers(&expected.1, &found.1, spec.hidden_dim)
+    );
     if spec.moe().is_some() {
         hold_routes(&name, oracle.backend().route_difference(), verdicts);
         drop(oracle);
         let free = run(&mut on_cpu(CpuBackend::new())?, spec.n_vocab)?;
-        println!("     {name}: each with experts of its own choice: {}", Compared::new(&free.0, &found.0, spec.n_vocab));
+        println!(
+            "     {name}: each with experts of its own choice: {}",
+            Compared::new(&free.0, &found.0, spec.n_vocab)
+        );
     }
     Ok(())
 }

@@ -98,7 +98,8 @@ type Key = (String, String, u64);
 
 fn read(folder: &Path) -> Result<BTreeMap<Key, Figure>, Trouble> {
     let mut figures = BTreeMap::new();
-    let mut paths: Vec<_> = std::fs::read_dir(folder)?.map(|entry| entry.map(|e| e.path())).collect::<Result<_, _>>()?;
+    let mut paths: Vec<_> =
+        std::fs::read_dir(folder)?.map(|entry| entry.map(|e| e.path())).collect::<Result<_, _>>()?;
     paths.sort();
     for path in paths.iter().filter(|path| path.extension().is_some_and(|e| e == "json")) {
         let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
