@@ -443,3 +443,27 @@ fn a_stop_does_not_wait_for_a_load() {
         assert!(begun.elapsed() < Duration::from_secs(5), "{isolation}: {:?}", begun.elapsed());
     }
 }
+
+#[test]
+fn a_supervisor_that_gives_up_is_70_and_the_log_says_why() {
+    let stage = Stage::new(&["one"]);
+    let text = std::fs::read_to_string(stage.path("house.toml")).expect("there is one");
+    let limits =
+        "[supervision]\nmax_restarts = 2\nload_timeout = \"500ms\"\nbackoff = { min = \"1ms\", max = \"2ms\" }\n";
+    std::fs::write(stage.path("house.toml"), text + limits).expect("writable");
+    let mut host = stage.serve_faulty("never-ready");
+    host.logged("a worker starts");
+    host.logged("a device is given up");
+    host.logged("error: the supervisor gave up: every device is quarantined");
+    assert_eq!(host.end().code(), Some(70));
+}
+
+#[test]
+fn the_log_shows_how_a_load_gets_on() {
+    let stage = Stage::new(&["one"]);
+    let host = stage.serve();
+    for phase in ["Open", "Weights", "Allocate", "Ready"] {
+        host.logged(&format!("loading replica=one/0 phase={phase} bytes_done="));
+    }
+    host.logged("a worker takes requests replica=one/0 after=");
+}
