@@ -127,6 +127,7 @@ fn every_key_is_read() {
         drain = "1m"
         log = "json"
         insecure = true
+        http_socket = "/run/playhouse-http.sock"
         api_keys_file = "keys"
         admin_keys = ["sk-admin"]
         admin_keys_file = "/etc/admin-keys"
@@ -187,10 +188,17 @@ fn every_key_is_read() {
     assert!(!format!("{config:?}").contains("k-123"), "keys are not printed");
     let host = &config.host;
     assert!(host.insecure && !format!("{config:?}").contains("sk-admin"));
+    assert_eq!(host.http_socket.as_deref(), Some(Path::new("/run/playhouse-http.sock")));
     assert_eq!(host.admin_keys[0].expose(), "sk-admin");
-    assert_eq!((host.api_keys_file.as_deref(), host.admin_keys_file.as_deref()), (Some(Path::new("keys")), Some(Path::new("/etc/admin-keys"))));
+    assert_eq!(
+        (host.api_keys_file.as_deref(), host.admin_keys_file.as_deref()),
+        (Some(Path::new("keys")), Some(Path::new("/etc/admin-keys")))
+    );
     assert_eq!(host.tls, Some(Tls { certificate: "cert.pem".into(), key: "/key.pem".into() }));
-    assert_eq!((host.allowed_hosts.as_slice(), host.cors_origins.as_slice()), (&["models.example".to_owned()][..], &["*".to_owned()][..]));
+    assert_eq!(
+        (host.allowed_hosts.as_slice(), host.cors_origins.as_slice()),
+        (&["models.example".to_owned()][..], &["*".to_owned()][..])
+    );
     let per_key = PerKey { streams: Some(4), requests_per_minute: Some(60), tokens_per_minute: Some(1_000_000) };
     assert_eq!(host.per_key, per_key);
     assert_eq!((host.keep_alive, host.look_every), (Duration::from_secs(1), Duration::from_millis(20)));
