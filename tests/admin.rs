@@ -10,8 +10,8 @@ use playhouse::host::admin::socket::BoundSocket;
 use playhouse::host::admin::{
     AdminServer, Answer, Client, ClientError, FailureKind, Options, Request, Restarted, SocketError,
 };
-use playhouse_actors::HouseEvent;
 use playhouse_actors::inventory::DeviceId;
+use playhouse_actors::{Drained, HouseEvent};
 use rustix::event::{PollFd, PollFlags};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -212,7 +212,8 @@ async fn every_request_reaches_the_house_and_its_answer_the_client() {
             (reloaded.applied.kept.len(), reloaded.restart_needed.as_slice()),
             (2, &["host.address".into()][..])
         );
-        assert_eq!(client.drain(Some(Duration::from_millis(1500))).expect("drained"), 3);
+        assert_eq!(client.drain(Some(Duration::from_millis(1500))).expect("drained"), Drained::Empty { ended: 3 });
+        assert!(client.undrain().expect("undrained"));
         let restarted = client.restart("qwen").expect("restarted");
         assert_eq!(restarted, Restarted::Model { model: "qwen".into(), replicas: 2 });
         let error = client.restart("nobody").expect_err("no such model");
@@ -223,7 +224,7 @@ async fn every_request_reaches_the_house_and_its_answer_the_client() {
         client.stop().expect("stopping");
     })
     .await;
-    let asked = ["reload dry_run=true", "drain Some(1.5s)", "restart qwen", "restart nobody", "stop"];
+    let asked = ["reload dry_run=true", "drain Some(1.5s)", "undrain", "restart qwen", "restart nobody", "stop"];
     assert_eq!(running.house.asked(), asked);
 }
 
@@ -421,7 +422,10 @@ async fn a_drain_waits_while_others_are_served() {
     });
     blocking(move || Client::connect(&path).expect("it listens").status().expect("served meanwhile")).await;
     house.drained.add_permits(1);
-    assert_eq!(tokio::time::timeout(DEADLINE, drain).await.expect("in time").expect("no panic"), 3);
+    assert_eq!(
+        tokio::time::timeout(DEADLINE, drain).await.expect("in time").expect("no panic"),
+        Drained::Empty { ended: 3 }
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

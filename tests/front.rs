@@ -9,6 +9,7 @@ use hyper_util::rt::TokioIo;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
@@ -209,6 +210,7 @@ fn a_file_says_keys_certificate_names_origins_and_limits() {
         cors_origins = ["https://chat.example"]
         per_key = { requests_per_minute = 2 }
         look_every = "1h"
+        http_socket = "http.sock"
         [[model]]
         name = "basho"
         path = "embedded:basho"
@@ -235,6 +237,12 @@ fn a_file_says_keys_certificate_names_origins_and_limits() {
     let load = r#"$URL/models/load -d '{"model": "basho"}'"#;
     assert_eq!(ask_curl(&format!("{load} -H 'x-api-key: sk-moon'")), "403");
     assert_eq!(ask_curl(&format!("{load} -H 'x-api-key: sk-admin'")), "200");
+    // The socket's file says who may come; whoever can needs no key.
+    let socket = served.path("http.sock");
+    let mode = std::fs::metadata(&socket).expect("it is there").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let by_socket = format!("--unix-socket {} {}", socket.display(), load.replace("$URL", "http://localhost"));
+    assert_eq!(curl(&by_socket, &[]).1, "200");
     // Names and origins.
     assert_eq!(ask_curl("$URL/health -H 'host: models.example'"), "200");
     assert_eq!(ask_curl("$URL/health -H 'host: other.example'"), "403");

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http_body_util::{BodyExt, Empty};
 use http_support::client::{get, post};
 use http_support::engines::{Counts, Pace, Speaker};
-use http_support::{PATIENCE, Setup, TestHouse};
+use http_support::{PATIENCE, Setup, TestHouse, frames};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use playhouse::http::{HttpSettings, ServeError, TlsFiles};
 use serde_json::json;
@@ -31,15 +31,32 @@ async fn chatterbox(change: impl FnOnce(&mut Setup)) -> (TestHouse, Counts) {
 
 /// Reads until the other side hangs up; whether it did in time.
 async fn is_cut(socket: &mut TcpStream) -> bool {
-    let mut sink = vec![0; 4096];
-    let reading = async { while socket.read(&mut sink).await.is_ok_and(|n| n > 0) {} };
-    tokio::time::timeout(PATIENCE, reading).await.is_ok()
+    last_words(socket).await.is_some()
+}
+
+/// What is said before the other side hangs up; `None` if it does not in time.
+async fn last_words(socket: &mut TcpStream) -> Option<Vec<u8>> {
+    let (mut words, mut piece) = (Vec::new(), vec![0; 4096]);
+    let reading = async {
+        while let Ok(n @ 1..) = socket.read(&mut piece).await {
+            words.truncate(256);
+            words.extend_from_slice(&piece[..n]);
+        }
+    };
+    tokio::time::timeout(PATIENCE, reading).await.ok()?;
+    Some(words)
+}
+
+/// Whether the other side says 408 and hangs up.
+async fn is_refused_as_slow(socket: &mut TcpStream) -> bool {
+    last_words(socket).await.is_some_and(|words| words.starts_with(b"HTTP/1.1 408 "))
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_headers_are_cut_and_keep_nobody_out() {
     let (house, _) = chatterbox(|setup| {
         setup.settings.limits.connections = 64;
+        setup.settings.limits.connections_per_ip = 64;
         setup.settings.limits.header_timeout = Duration::from_secs(2);
     })
     .await;
@@ -56,9 +73,12 @@ async fn slow_headers_are_cut_and_keep_nobody_out() {
         assert_eq!(answer.status, 200, "there is room for whoever has something to say");
     }
     let start = Instant::now();
+    let mut n_refused = 0;
     for mut socket in crowd {
-        assert!(is_cut(&mut socket).await);
+        n_refused += u32::from(is_refused_as_slow(&mut socket).await);
     }
+    // One that had to make room before its first byte was read is not told: it had asked for nothing.
+    assert!(n_refused >= 64, "{n_refused} were told why");
     assert!(start.elapsed() < Duration::from_secs(30), "all at once, not one after the other");
     house.shut_down().await;
 }
@@ -74,21 +94,30 @@ async fn connections_without_a_request_are_cut_in_time() {
     for bytes in ["", "PRI * HT", "GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"] {
         let mut socket = TcpStream::connect(house.address).await.expect("the front listens");
         socket.write_all(bytes.as_bytes()).await.expect("sent");
-        assert!(is_cut(&mut socket).await, "{bytes:?}");
+        let words = last_words(&mut socket).await.unwrap_or_else(|| panic!("{bytes:?}: it is still open"));
+        // What was not half a request of HTTP/1 gets no answer that it did not ask for.
+        assert_eq!(words.is_empty(), !bytes.starts_with("GET"), "{bytes:?}: {:?}", String::from_utf8_lossy(&words));
+        assert!(!String::from_utf8_lossy(&words).contains(" 408 "), "{bytes:?}");
     }
     house.shut_down().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn readers_that_stop_are_cut_and_their_requests_end() {
+    const READERS: u64 = 1000;
+    raise_descriptors();
     let (house, counts) = chatterbox(|setup| {
-        setup.config.host.limits.client_timeout = Duration::from_millis(500);
-        setup.settings.limits.client_timeout = Duration::from_millis(500);
+        setup.config.host.limits.client_timeout = Duration::from_secs(1);
+        setup.config.host.limits.queued_requests = 2048;
+        setup.settings.limits.client_timeout = Duration::from_secs(1);
+        setup.settings.limits.connections = 2048;
+        setup.settings.limits.connections_per_ip = 2048;
     })
     .await;
+    let before = rss();
     let body = json!({"model": "basho", "prompt": "a", "max_tokens": 1_000_000_000, "stream": true}).to_string();
     let mut stalled = Vec::new();
-    for _ in 0..50 {
+    for _ in 0..READERS {
         let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
         socket.set_recv_buffer_size(4096).expect("a small window");
         let mut socket = socket.connect(house.address).await.expect("the front listens");
@@ -97,13 +126,61 @@ async fn readers_that_stop_are_cut_and_their_requests_end() {
         socket.write_all(format!("{head}{body}").as_bytes()).await.expect("sent");
         stalled.push(socket);
     }
-    house.wait("busy", |_| counts.submitted.load(Ordering::SeqCst) >= 50).await;
+    house.wait("busy", |_| counts.submitted.load(Ordering::SeqCst) >= READERS).await;
     // They never read a byte. Others are served meanwhile, and then the stalled are gone.
     let answer = post(house.address, "/v1/completions", &json!({"model": "basho", "prompt": "a", "max_tokens": 2}));
     assert_eq!(answer.send().await.status, 200);
     house.wait("free", |status| status.router.as_ref().is_some_and(|r| r.services[0].open_requests == 0)).await;
+    assert!(rss().saturating_sub(before) < MEMORY_MAX, "grew from {before} to {}", rss());
     for mut socket in stalled {
         assert!(is_cut(&mut socket).await);
+    }
+    house.shut_down().await;
+}
+
+/// Bytes that an attack may cost the process, its own sockets and everything else that runs here included.
+const MEMORY_MAX: u64 = 200_000_000;
+
+/// Bytes that this process holds.
+fn rss() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/statm").expect("Linux");
+    let pages: u64 = text.split(' ').nth(1).and_then(|pages| pages.parse().ok()).expect("a number of pages");
+    pages * rustix::param::page_size() as u64
+}
+
+/// As many files as the system lets this process have; how many that is.
+fn raise_descriptors() -> u64 {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).expect("up to the maximum is allowed");
+    maximum.unwrap_or(u64::MAX)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_slow_connections_cost_little_memory_and_keep_nobody_out() {
+    // Two descriptors each, and some for everything else; a system that allows fewer gets fewer.
+    let connections = (raise_descriptors().saturating_sub(4096) / 2).min(10_000);
+    let (house, _) = chatterbox(|setup| {
+        setup.settings.limits.connections = 16_384;
+        setup.settings.limits.connections_per_ip = 16_384;
+        setup.settings.limits.header_timeout = Duration::from_secs(20);
+    })
+    .await;
+    let before = rss();
+    let mut crowd = Vec::new();
+    for _ in 0..connections {
+        let mut socket = TcpStream::connect(house.address).await.expect("the front listens");
+        socket.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nx-slow: ").await.expect("sent");
+        crowd.push(socket);
+    }
+    let body = json!({"model": "basho", "prompt": "a", "max_tokens": 2});
+    for _ in 0..50 {
+        let answer = post(house.address, "/v1/completions", &body).send().await;
+        assert_eq!(answer.status, 200, "others are served meanwhile");
+    }
+    assert!(rss().saturating_sub(before) < MEMORY_MAX, "grew from {before} to {}", rss());
+    for mut socket in crowd {
+        assert!(is_refused_as_slow(&mut socket).await, "it is told why");
     }
     house.shut_down().await;
 }
@@ -148,6 +225,68 @@ async fn http2_serves_many_requests_and_survives_resets() {
     request.headers_mut().insert("x-large", "x".repeat(60_000).parse().expect("a header"));
     let answer = tokio::time::timeout(PATIENCE, greedy.send_request(request)).await.expect("in time");
     assert!(answer.is_err() || answer.is_ok_and(|response| response.status().is_client_error()));
+    assert_eq!(get(house.address, "/health").send().await.status, 200);
+    house.shut_down().await;
+}
+
+/// Frames of a server, up to the end of the connection: each frame's kind with its payload.
+async fn frames_of(socket: &mut (impl AsyncReadExt + Unpin)) -> Vec<(u8, Vec<u8>)> {
+    let mut bytes = Vec::new();
+    let mut piece = vec![0; 16 << 10];
+    // A connection that is reset has said what it had to say.
+    while let Ok(n @ 1..) = socket.read(&mut piece).await {
+        bytes.extend_from_slice(&piece[..n]);
+    }
+    let (mut rest, mut frames) = (bytes.as_slice(), Vec::new());
+    while let Some((head, tail)) = rest.split_at_checked(9) {
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+        let Some((payload, next)) = tail.split_at_checked(length) else { break };
+        frames.push((head[3], payload.to_vec()));
+        rest = next;
+    }
+    frames
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn floods_over_http2_end_their_own_connection() {
+    let (house, _) = chatterbox(|setup| {
+        setup.settings.limits.client_timeout = Duration::from_millis(500);
+        setup.settings.limits.header_timeout = Duration::from_millis(500);
+        setup.settings.limits.idle_timeout = Duration::from_secs(2);
+    })
+    .await;
+    let before = rss();
+    let bombs = (0..200).flat_map(|at| frames::header_bomb(2 * at + 1)).collect();
+    // What the server has to answer: an end of the connection that says why, a status, or nothing but the end.
+    let floods: [(&str, Vec<u8>, Option<u8>); 5] = [
+        ("requests that are reset at once", frames::rapid_reset(1, 10_000), Some(frames::GOAWAY)),
+        ("settings", frames::settings_flood(200_000), None),
+        ("pings", frames::ping_flood(200_000), None),
+        ("headers that never end", frames::continuation_flood(10_000), Some(frames::GOAWAY)),
+        ("headers that grow when they are read", bombs, Some(frames::HEADERS)),
+    ];
+    for (what, flood, answer) in floods {
+        let mut socket = TcpStream::connect(house.address).await.expect("the front listens");
+        socket.write_all(&frames::hello()).await.expect("sent");
+        let (mut reader, mut writer) = socket.split();
+        // Writing fails once the server has had enough; settings and pings it may also swallow.
+        let writing = async { drop(writer.write_all(&flood).await) };
+        let reading = frames_of(&mut reader);
+        let ((), frames) = tokio::time::timeout(PATIENCE, async { tokio::join!(writing, reading) })
+            .await
+            .unwrap_or_else(|_| panic!("{what}: the connection never ended"));
+        let is_told = |kind: u8| frames.iter().any(|(found, _)| *found == kind);
+        assert!(answer.is_none_or(is_told), "{what}: {:?}", frames.iter().map(|(kind, _)| kind).collect::<Vec<_>>());
+        assert_eq!(get(house.address, "/health").send().await.status, 200, "{what}: others are served");
+    }
+    // Nor may answers that nobody takes pile up.
+    for flood in [frames::settings_flood(200_000), frames::ping_flood(200_000)] {
+        let mut socket = TcpStream::connect(house.address).await.expect("the front listens");
+        socket.write_all(&frames::hello()).await.expect("sent");
+        let unread = async { while socket.write_all(&flood).await.is_ok() {} };
+        tokio::time::timeout(PATIENCE, unread).await.expect("it is cut");
+    }
+    assert!(rss().saturating_sub(before) < MEMORY_MAX, "grew from {before} to {}", rss());
     assert_eq!(get(house.address, "/health").send().await.status, 200);
     house.shut_down().await;
 }

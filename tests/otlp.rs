@@ -57,12 +57,16 @@ fn fields(mut bytes: &[u8]) -> Vec<(u64, &[u8])> {
     found
 }
 
+/// The messages in this field of a message.
+fn inner(bytes: &[u8], number: u64) -> Vec<&[u8]> {
+    fields(bytes).into_iter().filter(|field| field.0 == number).map(|field| field.1).collect()
+}
+
 /// The spans of an `ExportTraceServiceRequest`.
 fn spans(request: &[u8]) -> Vec<Span> {
-    let inner = |bytes, number| fields(bytes).into_iter().filter(move |field| field.0 == number).map(|field| field.1);
-    let scopes = inner(request, 1).flat_map(|resource| inner(resource, 2));
+    let scopes = inner(request, 1).into_iter().flat_map(|resource| inner(resource, 2));
     let time = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
-    let read = |bytes| {
+    let read = |bytes: &[u8]| {
         let mut span = Span::default();
         for (number, value) in fields(bytes) {
             match number {

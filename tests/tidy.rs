@@ -43,10 +43,11 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("engine", &["dtype", "gguf", "backend", "models"]),
     ("text", &["gguf"]),
     ("basho", &[]),
+    ("source", &["gguf", "basho"]),
     ("synth", &["dtype", "gguf"]),
     ("grammar", &["gguf", "engine", "text", "basho"]),
-    ("worker", &["dtype", "gguf", "backend", "models", "engine", "basho", "text", "grammar"]),
-    ("client", &["text", "gguf", "models", "basho", "grammar"]),
+    ("worker", &["dtype", "gguf", "backend", "models", "engine", "source", "text", "grammar"]),
+    ("client", &["text", "gguf", "models", "source", "grammar"]),
     ("http", &["client", "text"]),
 ];
 

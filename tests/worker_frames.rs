@@ -8,9 +8,10 @@ use playhouse::worker::handshake::{HandshakeError, Hello, Version, append_greeti
 use playhouse::worker::sizing::{self, SizingError};
 use playhouse_actors::engine::{
     Constraint, Engine, EngineError, EngineEvent, EngineRequest, EngineStats, FinishReason, LoadPhase, LoadProgress,
-    Logprob, RequestError, RequestId, SamplingParams, Task, TokenLogprobs, Usage,
+    Logprob, RequestError, RequestId, SamplingParams, StepTokens, Task, TokenLogprobs, Usage,
 };
 use playhouse_actors::messages::{Heartbeat, WorkerCommand, WorkerEvent, WorkerReady};
+use playhouse_actors::policy::ladder::RungCounts;
 use playhouse_config::Model;
 use playhouse_config::checked::KvType;
 use proptest::collection::vec;
@@ -155,7 +156,7 @@ fn engine_event() -> impl Strategy<Value = EngineEvent> {
 }
 
 fn stats() -> impl Strategy<Value = EngineStats> {
-    any::<([u32; 5], [u64; 10])>().prop_map(|(n, m)| EngineStats {
+    any::<([u32; 5], [u64; 15])>().prop_map(|(n, m)| EngineStats {
         running: n[0],
         waiting: n[1],
         queued_tokens: m[0],
@@ -171,6 +172,15 @@ fn stats() -> impl Strategy<Value = EngineStats> {
         weight_bytes: m[7],
         kv_bytes: m[8],
         scratch_bytes: m[9],
+        step_tokens: StepTokens { steps: [m[0]; 14], sum: m[9] },
+        kv_block_tokens: n[4],
+        oom: RungCounts {
+            drop_prefix_cache: m[10],
+            preempt: m[11],
+            refuse: m[12],
+            shrink_kv: m[13],
+            quarantine: m[14],
+        },
     })
 }
 
@@ -195,6 +205,7 @@ fn event() -> impl Strategy<Value = WorkerEvent> {
         progress.prop_map(WorkerEvent::Progress),
         ready.prop_map(WorkerEvent::Ready),
         (id(), request_error()).prop_map(|(id, error)| WorkerEvent::Refused { id, error }),
+        vec((id(), any::<Duration>()), 0..40).prop_map(WorkerEvent::Begun),
         vec(engine_event(), 0..40).prop_map(WorkerEvent::Step),
         (age, stats()).prop_map(|(step_age, stats)| WorkerEvent::Heartbeat(Heartbeat { step_age, stats })),
         engine_error().prop_map(WorkerEvent::Failed),
@@ -441,6 +452,4 @@ fn a_worker_takes_the_memory_that_was_planned() {
     let refused = |config: Model| sizing::demand(&config, &model).expect_err("refused");
     let longer = Model { context: Some(1 << 30), ..Model::embedded_default() };
     assert!(matches!(refused(longer), SizingError::Context { context: 0x4000_0000, .. }));
-    let bf16 = Model { kv_type: KvType::Bf16, ..Model::embedded_default() };
-    assert_eq!(refused(bf16), SizingError::KvType(KvType::Bf16));
 }

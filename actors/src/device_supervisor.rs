@@ -15,7 +15,7 @@ use crate::inventory::{DeviceId, HealthKind};
 use crate::link::WorkerFactory;
 use crate::messages::{DeviceStatus, HouseEvent, Phase, ReplicaId, ReplicaStatus, WorkerSpec};
 use crate::model::{ModelActor, ModelArgs, ModelMsg, Report};
-use crate::policy::ladder;
+use crate::policy::ladder::{self, Rung, RungCounts};
 use crate::policy::outcome::{Action, WorkerEnd, health};
 use crate::policy::restart::{Decision, End, RestartRecord, restarted_with};
 use crate::router::{RouterHandle, RouterMsg};
@@ -25,6 +25,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
 
 /// How long a replica may take to say how it is; it never blocks, so this is long.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -96,6 +97,8 @@ pub struct DeviceArgs {
     pub quarantined: Option<String>,
     /// The device's failures. Shared with the house, so that they are not forgotten with this actor.
     pub record: Arc<Mutex<RestartRecord>>,
+    /// What was given up on it for want of memory. Shared for the same reason.
+    pub oom: Arc<Mutex<RungCounts>>,
 }
 
 /// The actor.
@@ -108,6 +111,9 @@ pub struct DeviceState {
     me: ActorRef<DeviceMsg>,
     quarantined: Option<String>,
     children: Vec<Child>,
+    /// Replicas that were removed and whose workers may not be gone yet.
+    leaving: Vec<JoinHandle<()>>,
+    stopping: bool,
 }
 
 struct Child {
@@ -124,7 +130,8 @@ impl Actor for DeviceSupervisor {
 
     async fn pre_start(&self, me: ActorRef<DeviceMsg>, args: DeviceArgs) -> Result<DeviceState, ActorProcessingErr> {
         let quarantined = args.quarantined.clone();
-        let mut state = DeviceState { args, me, quarantined, children: Vec::new() };
+        let mut state =
+            DeviceState { args, me, quarantined, children: Vec::new(), leaving: Vec::new(), stopping: false };
         if state.quarantined.is_some() {
             state.record().quarantine();
         }
@@ -183,6 +190,10 @@ impl DeviceState {
     }
 
     async fn place(&mut self, placed: Placed) {
+        if self.stopping {
+            // A change of the configuration that was under way when the house was told to stop.
+            return;
+        }
         let replica = placed.spec.replica.clone();
         let slot = Arc::new(Semaphore::new(1));
         self.children.push(Child { placed, slot, actor: None, incarnations: Arc::default() });
@@ -234,7 +245,18 @@ impl DeviceState {
                     placed.kv_min_bytes = placed.kv_min_bytes.max(kv_min_bytes);
                 }
             }
+            Report::GaveUp { replica, rungs } => rungs.taken().for_each(|(rung, n)| self.rung(&replica, rung, n)),
             Report::Ended { replica, end } => self.ended(&replica, &end),
+        }
+    }
+
+    /// A rung of the memory ladder was taken.
+    fn rung(&self, replica: &ReplicaId, rung: Rung, times: u64) {
+        // A few counters: whole whoever panics between them.
+        self.args.oom.lock().unwrap_or_else(PoisonError::into_inner).add(rung, times);
+        if rung != Rung::Preempt {
+            let (replica, device) = (replica.clone(), self.args.device.clone());
+            self.args.events.tell(HouseEvent::OutOfMemory { replica, device, rung, times });
         }
     }
 
@@ -246,9 +268,13 @@ impl DeviceState {
                 match ladder::next(placed.spec.kv_bytes, placed.kv_min_bytes, *requested, *free) {
                     ladder::Step::Shrink { kv_bytes } => {
                         placed.spec.kv_bytes = kv_bytes;
+                        self.rung(replica, Rung::ShrinkKv, 1);
                         self.decide(index, end.end());
                     }
-                    ladder::Step::Quarantine => self.quarantine("out of memory with the least memory for KV"),
+                    ladder::Step::Quarantine => {
+                        self.rung(replica, Rung::Quarantine, 1);
+                        self.quarantine("out of memory with the least memory for KV");
+                    }
                 }
             }
             (_, Action::FailModel) => self.tell(replica, ModelMsg::GiveUp(format!("{end:?}"))),
@@ -358,11 +384,12 @@ impl DeviceState {
         let replica = replica.clone();
         let gone = if returning { RouterMsg::ReplicaDown(replica) } else { RouterMsg::ReplicaRemoved(replica) };
         self.args.router.tell(gone);
-        tokio::spawn(async move {
+        self.leaving.retain(|leaving| !leaving.is_finished());
+        self.leaving.push(tokio::spawn(async move {
             stop_child(child).await;
             // Who asked may be gone.
             let _ = reply.send(());
-        });
+        }));
     }
 
     fn announce(&self) {
@@ -381,10 +408,15 @@ impl DeviceState {
     }
 
     fn stop(&mut self, reply: RpcReplyPort<()>) {
-        let children = std::mem::take(&mut self.children);
+        self.stopping = true;
+        let (children, leaving) = (std::mem::take(&mut self.children), std::mem::take(&mut self.leaving));
         tokio::spawn(async move {
             for child in children.into_iter().rev() {
                 stop_child(child).await;
+            }
+            for removal in leaving {
+                // One that panicked has dropped its child, and that ends the worker.
+                let _ = removal.await;
             }
             let _ = reply.send(());
         });
@@ -403,6 +435,7 @@ impl DeviceState {
             quarantined: self.quarantined.clone(),
             recent_failures: u32::try_from(recent).unwrap_or(u32::MAX),
             failures,
+            oom: *self.args.oom.lock().unwrap_or_else(PoisonError::into_inner),
             replicas: Vec::new(),
         };
         tokio::spawn(async move {

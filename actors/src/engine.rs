@@ -3,6 +3,7 @@
 //! An engine knows tokens, never text. It is owned by one OS thread, blocks in [`Engine::step`], and is driven:
 //! submit and cancel between steps, one step at a time.
 
+use crate::policy::ladder::RungCounts;
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
 
@@ -313,6 +314,26 @@ pub struct StepReport {
     pub busy: bool,
 }
 
+/// How many tokens the steps of an engine computed, each: prompts and continuations together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepTokens {
+    /// Steps by their tokens: at most [`StepTokens::BOUNDS`] each, and more than the last.
+    pub steps: [u64; 14],
+    /// Tokens of all of them.
+    pub sum: u64,
+}
+
+impl StepTokens {
+    /// vLLM's buckets.
+    pub const BOUNDS: [u32; 13] = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384];
+
+    /// Another step computed so many.
+    pub fn observe(&mut self, n_tokens: u32) {
+        self.steps[Self::BOUNDS.partition_point(|bound| *bound < n_tokens)] += 1;
+        self.sum += u64::from(n_tokens);
+    }
+}
+
 /// Counters and gauges of an engine.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineStats {
@@ -340,12 +361,18 @@ pub struct EngineStats {
     pub prefix_queries: u64,
     /// Prompt tokens found there since load.
     pub prefix_hits: u64,
+    /// Tokens computed by the steps since load.
+    pub step_tokens: StepTokens,
+    /// Tokens of a KV block.
+    pub kv_block_tokens: u32,
     /// Bytes of weights.
     pub weight_bytes: u64,
     /// Bytes of KV.
     pub kv_bytes: u64,
     /// Bytes of scratch.
     pub scratch_bytes: u64,
+    /// What the worker gave up for want of memory since load.
+    pub oom: RungCounts,
 }
 
 /// A model on a device, ready to generate. Built by a loader on the thread that will own it.

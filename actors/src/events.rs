@@ -1,5 +1,6 @@
 //! News for whoever listens: bounded, and never waited for. A listener that is too slow loses the oldest.
 
+use crate::event_log::EventLog;
 use crate::messages::HouseEvent;
 use crate::policy::Moment;
 use tokio::sync::broadcast;
@@ -10,24 +11,33 @@ const EVENTS_MAX: usize = 1024;
 
 /// Where actors tell what happened.
 #[derive(Debug, Clone)]
-pub struct EventBus(broadcast::Sender<HouseEvent>);
+pub struct EventBus {
+    news: broadcast::Sender<HouseEvent>,
+    log: EventLog,
+}
 
 impl EventBus {
     /// A bus without listeners.
     pub fn new() -> Self {
-        Self(broadcast::channel(EVENTS_MAX).0)
+        Self { news: broadcast::channel(EVENTS_MAX).0, log: EventLog::new() }
     }
 
     /// Tells everyone who listens, and the log.
     pub fn tell(&self, event: HouseEvent) {
         tracing::debug!(?event, "supervision");
-        // Without a listener the event is nobody's.
-        let _ = self.0.send(event);
+        self.log.add(event.clone());
+        // Without a listener it is in the log all the same.
+        let _ = self.news.send(event);
     }
 
     /// Listens from now on.
     pub fn listen(&self) -> broadcast::Receiver<HouseEvent> {
-        self.0.subscribe()
+        self.news.subscribe()
+    }
+
+    /// What was told so far.
+    pub fn log(&self) -> &EventLog {
+        &self.log
     }
 }
 

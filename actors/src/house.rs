@@ -16,12 +16,14 @@
 
 use crate::device_supervisor::{DeviceArgs, DeviceMsg, DeviceSupervisor, Placed, answer};
 use crate::engine::RequestId;
+use crate::event_log::EventLog;
 use crate::events::{Clock, EventBus};
 use crate::inventory::{Device, DeviceId, HealthEvent, Inventory};
 use crate::inventory_actor::{InventoryActor, InventoryArgs, InventoryMsg};
 use crate::link::WorkerFactory;
-use crate::messages::{Generate, HouseEvent, HouseStatus, Refusal, ReplicaId, WorkerSpec};
+use crate::messages::{Drained, Generate, HouseEvent, HouseStatus, Refusal, ReplicaId, WorkerSpec};
 use crate::model::ModelMsg;
+use crate::policy::ladder::RungCounts;
 use crate::policy::mix;
 use crate::policy::placement::Plan;
 use crate::policy::restart::{Decision, End, RestartRecord};
@@ -171,6 +173,11 @@ impl HouseHandle {
         self.events.listen()
     }
 
+    /// What happened since the tree was started.
+    pub fn log(&self) -> &EventLog {
+        self.events.log()
+    }
+
     /// How everything is; `None` once the tree has ended.
     pub async fn status(&self) -> Option<HouseStatus> {
         ractor::rpc::call(&self.actor, HouseMsg::Status, Some(STATUS_TIMEOUT)).await.ok().and_then(answer)
@@ -200,12 +207,23 @@ impl HouseHandle {
         ractor::rpc::call(&self.actor, message, Some(STATUS_TIMEOUT)).await.ok().and_then(answer).unwrap_or(false)
     }
 
-    /// Takes no more requests and waits until the open ones have ended, or ends them when the time is up. How many had
-    /// to be ended.
-    pub async fn drain(&self, deadline: Duration) -> u32 {
-        let Some(router) = self.router.current() else { return 0 };
+    /// Takes no more requests and waits until the open ones have ended, or ends them when the time is up. The tree goes on,
+    /// and takes no requests, until it is stopped or [`HouseHandle::undrain`] is called.
+    pub async fn drain(&self, deadline: Duration) -> Drained {
+        let empty = Drained::Empty { ended: 0 };
+        let Some(router) = self.router.current() else { return empty };
         let message = |reply| RouterMsg::Drain { deadline, reply };
-        ractor::rpc::call(&router, message, None).await.ok().and_then(answer).unwrap_or(0)
+        ractor::rpc::call(&router, message, None).await.ok().and_then(answer).unwrap_or(empty)
+    }
+
+    /// Takes requests again after a drain, or in the middle of one. Whether there was one.
+    pub async fn undrain(&self) -> bool {
+        let Some(router) = self.router.current() else { return false };
+        ractor::rpc::call(&router, RouterMsg::Undrain, Some(STATUS_TIMEOUT))
+            .await
+            .ok()
+            .and_then(answer)
+            .unwrap_or(false)
     }
 
     /// Ends the tree: every worker is gone when this returns.
@@ -254,6 +272,14 @@ struct DeviceChild {
     quarantined: Option<String>,
     /// Its failures, which outlive its supervisor.
     record: Arc<Mutex<RestartRecord>>,
+    /// What was given up on it for want of memory; likewise.
+    oom: Arc<Mutex<RungCounts>>,
+}
+
+impl DeviceChild {
+    fn new(placed: Vec<Placed>, record: Arc<Mutex<RestartRecord>>) -> Self {
+        Self { actor: None, placed, quarantined: None, record, oom: Arc::default() }
+    }
 }
 
 impl Actor for House {
@@ -285,7 +311,7 @@ impl Actor for House {
         state.spawn_router().await;
         for (device, placed) in placed_of(&state.config, &args.plan) {
             let record = record_of(&state.config.supervision, state.seed, &device);
-            state.devices.insert(device.clone(), DeviceChild { actor: None, placed, quarantined: None, record });
+            state.devices.insert(device.clone(), DeviceChild::new(placed, record));
             state.spawn_device(&device).await;
         }
         Ok(state)
@@ -397,6 +423,7 @@ impl HouseState {
             house: self.me.clone(),
             quarantined: child.quarantined.clone(),
             record: child.record.clone(),
+            oom: child.oom.clone(),
         };
         match ractor::Actor::spawn_linked(None, DeviceSupervisor, args, self.me.get_cell()).await {
             Ok((actor, _)) => {
@@ -550,7 +577,7 @@ impl HouseState {
         let mut placements: Vec<(DeviceId, Placed)> = Vec::new();
         for (device, placed) in wanted {
             let record = record_of(&config.supervision, self.seed, &device);
-            let empty = || DeviceChild { actor: None, placed: Vec::new(), quarantined: None, record };
+            let empty = || DeviceChild::new(Vec::new(), record);
             self.devices.entry(device.clone()).or_insert_with(empty);
             for new in placed.into_iter().filter(|new| !applied.kept.contains(&new.spec.replica)) {
                 applied.started.push(new.spec.replica.clone());

@@ -44,6 +44,8 @@ pub struct Entry {
     deaths: u32,
     cached_tokens: u32,
     deadline: Instant,
+    /// When an engine began with it for the first time.
+    begun: Option<Instant>,
     /// Emitted and not yet taken by the client's channel.
     undelivered: VecDeque<StreamToken>,
 }
@@ -51,7 +53,7 @@ pub struct Entry {
 impl Entry {
     /// A fresh request for `model`, the model's own name.
     pub fn new(request: EngineRequest, model: String, deadline: Instant) -> Self {
-        Self { request, model, deaths: 0, cached_tokens: 0, deadline, undelivered: VecDeque::new() }
+        Self { request, model, deaths: 0, cached_tokens: 0, deadline, begun: None, undelivered: VecDeque::new() }
     }
 
     /// The request.
@@ -99,8 +101,14 @@ impl Entry {
             return Err(Gap { expected, found: index });
         }
         self.request.emitted.push(token);
-        self.undelivered.push_back(StreamToken { index, token, logprobs });
+        let begun = self.begun.filter(|_| index == 0).map(Instant::into_std);
+        self.undelivered.push_back(StreamToken { index, token, logprobs, begun });
         Ok(())
+    }
+
+    /// An engine began with it. Of a request that was resumed, the first beginning counts.
+    pub fn on_begun(&mut self, at: Instant) {
+        self.begun.get_or_insert(at);
     }
 
     /// Its worker died with it.
@@ -209,6 +217,12 @@ impl Ticket {
     /// A worker was given the request.
     pub(crate) fn submitted(&mut self) {
         self.open.as_deref_mut().expect("a ticket is open until it is concluded").trace.submitted();
+    }
+
+    /// Its worker's engine began with it at this moment, after so long.
+    pub(crate) fn begun(&mut self, at: Instant, waited: Duration) {
+        self.open().trace.begun(waited);
+        self.entry_mut().on_begun(at);
     }
 
     /// Moves recorded tokens to the client's channel, as many as it takes.

@@ -40,6 +40,7 @@ mod trace;
 pub mod stream;
 
 pub mod device_supervisor;
+pub mod event_log;
 pub mod events;
 pub mod house;
 pub mod inventory_actor;
@@ -48,6 +49,7 @@ pub mod router;
 
 pub mod sim;
 
+pub use event_log::{EventLog, Stamped};
 pub use house::{HouseArgs, HouseHandle};
-pub use messages::{Generate, HouseEvent, HouseStatus, Refusal, StreamEvent, Terminal};
+pub use messages::{Drained, Generate, HouseEvent, HouseStatus, Refusal, StreamEvent, Terminal};
 pub use stream::TokenStream;

@@ -6,12 +6,13 @@ use crate::engine::{
 };
 use crate::inventory::{DeviceId, HealthKind};
 use crate::policy::admission::Full;
+use crate::policy::ladder::{Rung, RungCounts};
 use crate::policy::outcome::WorkerEnd;
 use playhouse_config::ModelSource;
 use playhouse_config::checked::{Isolation, KvType};
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// One replica of a model, wherever it runs.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -110,6 +111,9 @@ pub struct StreamToken {
     pub token: u32,
     /// If asked for.
     pub logprobs: Option<TokenLogprobs>,
+    /// When an engine began with the request, if it said so: waiting ended and computing began. The first token has it.
+    #[serde(skip)]
+    pub begun: Option<Instant>,
 }
 
 /// What a stream yields: tokens, then exactly one end.
@@ -175,6 +179,19 @@ pub enum Failure {
     Lost,
 }
 
+/// How a drain ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Drained {
+    /// No request is left.
+    Empty {
+        /// Streams that had to be ended.
+        ended: u32,
+    },
+    /// It was taken back before that: requests are taken again, and open ones go on.
+    Undone,
+}
+
 /// What a worker is started with. Everything a process needs to know.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerSpec {
@@ -228,6 +245,9 @@ pub enum WorkerEvent {
         /// Why.
         error: RequestError,
     },
+    /// These were begun: the first of their prompt was computed so long after they came. Told once each, before the step's
+    /// events.
+    Begun(Vec<(RequestId, Duration)>),
     /// What one step brought.
     Step(Vec<EngineEvent>),
     /// It is alive.
@@ -286,6 +306,29 @@ pub enum Phase {
     Stopped,
 }
 
+impl Phase {
+    /// One word, for tables and labels.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Loading => "loading",
+            Self::Ready => "ready",
+            Self::Stopping => "stopping",
+            Self::Down => "down",
+            Self::Backoff => "backoff",
+            Self::Quarantined => "quarantined",
+            Self::Failed => "failed",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
 /// A replica as `ps` shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ReplicaStatus {
@@ -326,6 +369,8 @@ pub struct DeviceStatus {
     pub recent_failures: u32,
     /// Failures since the host's start.
     pub failures: u64,
+    /// What was given up on it for want of memory since the host's start, by the rungs of the ladder.
+    pub oom: RungCounts,
     /// Its replicas.
     pub replicas: Vec<ReplicaStatus>,
 }
@@ -446,6 +491,18 @@ pub enum HouseEvent {
         after: Duration,
         /// Bytes for KV.
         kv_bytes: u64,
+    },
+    /// Memory ran out, and something was given up. Preemptions are counted in [`DeviceStatus::oom`] alone: under load they
+    /// are everyday life.
+    OutOfMemory {
+        /// Whose.
+        replica: ReplicaId,
+        /// Where.
+        device: DeviceId,
+        /// What was given up.
+        rung: Rung,
+        /// How often since it was last told.
+        times: u64,
     },
     /// A device was given up.
     Quarantined {

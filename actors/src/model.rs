@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!             slot free            Ready                       Stop, Recycle
-//! [Waiting] ------------> [Loading] -----> [Ready] --------------------------> [Stopping]
+//! [Waiting] ------------> [Loading] -----> [Ready] --------------------------> [Stopping]     (from Loading: killed)
 //!     ^                       |               |                                     | Exited
 //!     |      load_timeout,    |  Exited,      | Exited, step_timeout, missed        v
 //!     |      Failed: killed   +-------------> | heartbeat, broken rules: killed  [Stopped], or [Waiting] if recycled
@@ -26,6 +26,7 @@ use crate::messages::{
     Failure, Generate, Heartbeat, HouseEvent, Phase, Refusal, ReplicaId, ReplicaStatus, Terminal, WorkerCommand,
     WorkerEvent, WorkerReady, WorkerSpec,
 };
+use crate::policy::ladder::RungCounts;
 use crate::policy::outcome::WorkerEnd;
 use crate::policy::restart::Decision;
 use crate::router::{RouterHandle, RouterMsg};
@@ -112,6 +113,13 @@ pub enum Report {
         /// KV below this is useless.
         kv_min_bytes: u64,
     },
+    /// A worker gave something up for want of memory, since the last such report.
+    GaveUp {
+        /// Whose.
+        replica: ReplicaId,
+        /// What.
+        rungs: RungCounts,
+    },
     /// A worker is no more; [`ModelMsg::Decided`] or [`ModelMsg::GiveUp`] is the answer.
     Ended {
         /// Whose.
@@ -176,6 +184,8 @@ struct Live {
     ready: Option<WorkerReady>,
     heartbeat: Option<Heartbeat>,
     computed: u64,
+    /// What it gave up for want of memory, as reported.
+    rungs: RungCounts,
     /// Commands that did not fit into the worker's queue.
     outbox: VecDeque<WorkerCommand>,
 }
@@ -183,6 +193,8 @@ struct Live {
 /// A request that the worker has.
 struct Running {
     ticket: Ticket,
+    /// When it was given to the worker.
+    since: Instant,
     /// Somebody waits for the client to read.
     stalled: bool,
 }
@@ -299,7 +311,7 @@ impl ModelState {
         ticket.submitted();
         let id = ticket.entry().id();
         let command = WorkerCommand::Submit(ticket.entry().to_request());
-        self.running.insert(id, Running { ticket, stalled: false });
+        self.running.insert(id, Running { ticket, since: Instant::now(), stalled: false });
         self.send(command);
     }
 
@@ -392,6 +404,7 @@ impl ModelState {
                     ready: None,
                     heartbeat: None,
                     computed: 0,
+                    rungs: RungCounts::default(),
                     outbox: VecDeque::new(),
                 });
                 tokio::spawn(pump(receiver, incarnation, self.me.clone(), slot));
@@ -415,6 +428,7 @@ impl ModelState {
             WorkerEvent::Progress(progress) => live.progress = Some(progress),
             WorkerEvent::Ready(ready) => self.on_ready(ready),
             WorkerEvent::Refused { id, error } => self.on_failed(id, Failure::Request(error)),
+            WorkerEvent::Begun(begun) => begun.into_iter().for_each(|(id, waited)| self.on_begun(id, waited)),
             WorkerEvent::Step(events) => events.into_iter().for_each(|event| self.on_engine_event(event)),
             WorkerEvent::Heartbeat(heartbeat) => self.on_heartbeat(heartbeat),
             WorkerEvent::Failed(error) => live.end = live.end.take().or(Some(end_of(error))),
@@ -443,9 +457,21 @@ impl ModelState {
         let computed = heartbeat.stats.prefill_tokens + heartbeat.stats.decode_tokens;
         let tokens = computed.saturating_sub(live.computed);
         live.computed = computed;
-        self.args.router.tell(RouterMsg::Computed { replica, tokens });
+        let rungs = heartbeat.stats.oom.since(live.rungs);
+        live.rungs = heartbeat.stats.oom;
+        self.args.router.tell(RouterMsg::Computed { replica: replica.clone(), tokens });
+        if rungs != RungCounts::default() {
+            self.report(Report::GaveUp { replica, rungs });
+        }
         if heartbeat.step_age.is_some_and(|age| age > self.args.supervision.step_timeout) {
             self.kill(WorkerEnd::Hung);
+        }
+    }
+
+    fn on_begun(&mut self, id: RequestId, waited: Duration) {
+        if let Some(Running { ticket, since, .. }) = self.running.get_mut(&id) {
+            // What a worker says may be nonsense; a time that does not exist is not recorded.
+            since.checked_add(waited).into_iter().for_each(|at| ticket.begun(at, waited));
         }
     }
 
@@ -634,13 +660,18 @@ impl ModelState {
         }
     }
 
-    /// Tells the worker to end; its requests go on elsewhere.
+    /// Tells the worker to end; its requests go on elsewhere. One that still loads is killed: it has nothing to finish, and
+    /// hears no command before it has loaded, which can take minutes or for ever.
     fn end_worker(&mut self) {
+        let is_loading = self.phase == Phase::Loading;
         self.set_phase(Phase::Stopping);
         self.args.router.tell(RouterMsg::ReplicaDown(self.replica()));
         self.give_tickets_back(false);
         if let Some(live) = &mut self.live {
             live.told_to_end = Some(Instant::now());
+            if is_loading {
+                return live.link.kill();
+            }
         }
         self.send(WorkerCommand::Shutdown);
     }

@@ -16,7 +16,7 @@ use crate::engine::{EngineRequest, RequestError, RequestId};
 use crate::events::{Clock, EventBus};
 use crate::journal::{Entry, Open, Ticket, tokens_max};
 use crate::messages::{
-    Failure, Generate, HouseEvent, Refusal, ReplicaId, RequestCounters, RouterStatus, ServiceStatus, Terminal,
+    Drained, Failure, Generate, HouseEvent, Refusal, ReplicaId, RequestCounters, RouterStatus, ServiceStatus, Terminal,
 };
 use crate::model::ModelMsg;
 use crate::policy::admission::{Admission, AdmissionLimits};
@@ -105,9 +105,11 @@ pub enum RouterMsg {
     Drain {
         /// How long open requests may take.
         deadline: Duration,
-        /// Answered when none is left: how many had to be ended.
-        reply: RpcReplyPort<u32>,
+        /// Answered when none is left, or the drain is taken back.
+        reply: RpcReplyPort<Drained>,
     },
+    /// Take requests again; answered with whether they were refused.
+    Undrain(RpcReplyPort<bool>),
     /// Look at the clock.
     Tick,
     /// Say who serves a model, by its own name: for raw messages.
@@ -320,7 +322,7 @@ struct Row {
 struct Draining {
     until: Instant,
     ended: u32,
-    reply: Vec<RpcReplyPort<u32>>,
+    reply: Vec<RpcReplyPort<Drained>>,
 }
 
 impl Actor for Router {
@@ -364,6 +366,10 @@ impl Actor for Router {
                 state.configure(&models);
             }
             RouterMsg::Drain { deadline, reply } => state.drain(deadline, reply),
+            RouterMsg::Undrain(reply) => {
+                // Who asked may be gone.
+                let _ = reply.send(state.undrain());
+            }
             RouterMsg::Tick => state.tick(),
             RouterMsg::Replicas(model, reply) => {
                 let service = state.services.get(&model);
@@ -633,7 +639,7 @@ impl RouterState {
         }
     }
 
-    fn drain(&mut self, deadline: Duration, reply: RpcReplyPort<u32>) {
+    fn drain(&mut self, deadline: Duration, reply: RpcReplyPort<Drained>) {
         let until = Instant::now() + deadline;
         let draining = self.draining.get_or_insert(Draining { until, ended: 0, reply: Vec::new() });
         // A second, more impatient call shortens the wait.
@@ -673,8 +679,18 @@ impl RouterState {
     fn finish_drain_if_empty(&mut self) {
         let Some(draining) = self.draining.as_mut().filter(|_| self.open.is_empty()) else { return };
         for reply in draining.reply.drain(..) {
-            let _ = reply.send(draining.ended);
+            let _ = reply.send(Drained::Empty { ended: draining.ended });
         }
+    }
+
+    /// What waits or runs goes on as if nothing had been asked.
+    fn undrain(&mut self) -> bool {
+        let Some(draining) = self.draining.take() else { return false };
+        for reply in draining.reply {
+            // Those who wait for the end of the drain.
+            let _ = reply.send(Drained::Undone);
+        }
+        true
     }
 
     fn status(&self) -> RouterStatus {

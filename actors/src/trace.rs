@@ -6,6 +6,8 @@
 //! ```
 
 use crate::engine::RequestId;
+use std::time::Duration;
+use tracing::field::Empty;
 use tracing::{Span, info_span};
 
 /// See the module.
@@ -15,7 +17,7 @@ pub(crate) struct Trace {
     id: RequestId,
     phase: Phase,
     /// Closed when another takes its place.
-    _span: Span,
+    span: Span,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,14 +32,21 @@ impl Trace {
     /// A request that waits for a worker; its spans are part of `request`.
     pub(crate) fn begin(request: Span, id: RequestId) -> Self {
         let span = info_span!(parent: &request, "queue", request = id.0);
-        Self { request, id, phase: Phase::Queue, _span: span }
+        Self { request, id, phase: Phase::Queue, span }
     }
 
     /// A worker has it: its prompt is computed, once it has a place in the batch.
     pub(crate) fn submitted(&mut self) {
         if self.phase == Phase::Queue {
-            let span = info_span!(parent: &self.request, "prefill", request = self.id.0);
+            let span = info_span!(parent: &self.request, "prefill", request = self.id.0, waited_ms = Empty);
             self.go_to(Phase::Prefill, span);
+        }
+    }
+
+    /// The worker's engine began with it after so long: of prefill, so much was waiting for a place in the batch.
+    pub(crate) fn begun(&self, waited: Duration) {
+        if self.phase == Phase::Prefill {
+            self.span.record("waited_ms", waited.as_secs_f64() * 1000.0);
         }
     }
 
@@ -58,7 +67,7 @@ impl Trace {
     }
 
     fn go_to(&mut self, phase: Phase, span: Span) {
-        (self.phase, self._span) = (phase, span);
+        (self.phase, self.span) = (phase, span);
     }
 }
 

@@ -8,7 +8,8 @@ use playhouse_actors::engine::{FinishReason, SamplingParams, Task};
 use playhouse_actors::house::{HouseArgs, HouseHandle, HouseMsg};
 use playhouse_actors::inventory::{DeviceId, HealthKind};
 use playhouse_actors::messages::{
-    Failure, Generate, HouseEvent, HouseStatus, Phase, Refusal, StreamEvent, Terminal, WorkerCommand, WorkerSpec,
+    Drained, Failure, Generate, HouseEvent, HouseStatus, Phase, Refusal, StreamEvent, Terminal, WorkerCommand,
+    WorkerSpec,
 };
 use playhouse_actors::policy::placement::{Card, Demand, Plan, Wanted, place};
 use playhouse_actors::sim::{
@@ -475,7 +476,7 @@ async fn run(seed: u64) -> String {
     replicas.for_each(|replica| assert_eq!((replica.phase, replica.running), (Phase::Ready, 0), "{replica:?}"));
 
     let ended = house.drain(Duration::from_secs(1)).await;
-    assert_eq!(ended, 0, "nothing was open");
+    assert_eq!(ended, Drained::Empty { ended: 0 }, "nothing was open");
     house.stop().await;
     join.await.expect("the root ends well");
     assert!(sim.ledger().is_empty(), "memory is left: {:?}", sim.ledger());

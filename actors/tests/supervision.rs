@@ -9,9 +9,10 @@ mod stage;
 use playhouse_actors::device_supervisor::DeviceMsg;
 use playhouse_actors::inventory::{DeviceId, HealthKind};
 use playhouse_actors::messages::{Failure, Phase, ReplicaId, WorkerCommand, WorkerSpec};
+use playhouse_actors::policy::ladder::{Rung, RungCounts};
 use playhouse_actors::policy::outcome::WorkerEnd;
 use playhouse_actors::sim::{SIM_BLOCK_BYTES, Verdict};
-use playhouse_actors::{Generate, HouseEvent, HouseStatus, Refusal, Terminal};
+use playhouse_actors::{Drained, Generate, HouseEvent, HouseStatus, Refusal, Terminal};
 use playhouse_config::{Config, Replicas};
 use stage::{DEADLINE, KV_MIN_BLOCKS, Script, Stage, model, one_model, plan, request};
 use std::time::Duration;
@@ -57,7 +58,10 @@ async fn kv_pressure_is_a_pause_for_the_youngest() {
     let status = stage.seen("told", |status| {
         status.replicas().filter_map(|replica| replica.stats).any(|stats| stats.preemptions > 0)
     });
-    assert_eq!(status.await.replicas().next().expect("one").incarnation, 1, "nothing was restarted");
+    let status = status.await;
+    assert_eq!(status.replicas().next().expect("one").incarnation, 1, "nothing was restarted");
+    let counted = stage.seen("counted", |status| status.devices[0].oom.preempt > 0).await.devices[0].oom;
+    assert!(counted.taken().all(|(rung, _)| rung == Rung::Preempt), "{counted:?}");
     stage.strike().await;
 }
 
@@ -69,6 +73,7 @@ async fn out_of_memory_at_load_restarts_with_less_kv() {
     stage.all_ready().await;
     let replica = stage.replica("m/0").await;
     assert_eq!((replica.incarnation, replica.kv_bytes), (2, 48 * SIM_BLOCK_BYTES), "three quarters of 64 blocks");
+    assert_eq!(stage.status().await.devices[0].oom, RungCounts { shrink_kv: 1, ..RungCounts::default() });
     stage.stream("m", 1, 50).await.completes().await;
     stage.strike().await;
 }
@@ -96,6 +101,7 @@ async fn out_of_memory_with_the_least_kv_quarantines_the_device() {
     assert_eq!((device.as_str(), reason.as_str()), ("SIM-0", "out of memory with the least memory for KV"));
     let refused = stage.house.generate(request("m", 1, 5)).await.expect_err("nobody can serve it");
     assert_eq!(refused, Refusal::Unavailable { model: "m".into() });
+    assert_eq!(stage.status().await.devices[0].oom, RungCounts { quarantine: 1, ..RungCounts::default() });
     stage.strike().await;
 }
 
@@ -452,6 +458,80 @@ async fn a_reload_leaves_what_is_unchanged_alone() {
     stage.strike().await;
 }
 
+const EMPTY: Drained = Drained::Empty { ended: 0 };
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_that_is_taken_back_ends_nothing_and_takes_requests_again() {
+    let stage = Stage::ready(1, one_model(1), Script::default()).await;
+    let mut stream = stage.stream("m", 1, 200).await;
+    stream.read(5).await;
+    let drain = tokio::spawn({
+        let house = stage.house.clone();
+        async move { house.drain(Duration::from_secs(1)).await }
+    });
+    stage.seen("draining", |status| status.router.as_ref().is_some_and(|router| router.draining)).await;
+    assert!(stage.house.undrain().await, "there was a drain");
+    assert_eq!(timeout(DEADLINE, drain).await.expect("in time").expect("no panic"), Drained::Undone);
+    let status = stage.status().await;
+    assert!(status.is_ready() && !status.router.expect("a router").draining);
+    // Longer than the drain had: nobody ends what it would have ended.
+    stream.completes().await;
+    stage.stream("m", 2, 50).await.completes().await;
+    assert!(!stage.house.undrain().await, "there is none any more");
+    assert_eq!(stage.house.drain(Duration::from_secs(30)).await, EMPTY);
+    assert!(stage.house.undrain().await, "one that is over can be taken back, too");
+    stage.stream("m", 3, 50).await.completes().await;
+    stage.strike().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_does_not_wait_for_a_load() {
+    // Its load never ends; a worker that loads hears no command.
+    let stage = Stage::set(1, one_model(1), Script { load: |_| Verdict::Hang, ..Script::default() }).await;
+    stage.seen("loading", |status| status.replicas().all(|replica| replica.phase == Phase::Loading)).await;
+    let begun = Instant::now();
+    stage.strike().await;
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restart_does_not_wait_for_a_load() {
+    let load = |spec: &WorkerSpec| if spec.incarnation == 1 { Verdict::Hang } else { Verdict::Pass };
+    let mut stage = Stage::set(1, one_model(1), Script { load, ..Script::default() }).await;
+    stage.seen("loading", |status| status.replicas().all(|replica| replica.phase == Phase::Loading)).await;
+    let begun = Instant::now();
+    assert_eq!(stage.house.restart_model("m").await, 1);
+    assert_eq!(stage.until(ended).await, WorkerEnd::Asked, "no failure");
+    stage.all_ready().await;
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    stage.strike().await;
+}
+
+/// The change has taken a worker out that ends slowly when the house is told to stop: nothing is started any more, and the
+/// stop waits for the last worker.
+#[tokio::test(start_paused = true)]
+async fn a_stop_in_the_middle_of_a_change_leaves_no_worker() {
+    let config = Config { models: vec![model("goes", Replicas::Count(1))], ..Config::default() };
+    let step = |_: &WorkerSpec, n: u32| if n == 3 { Verdict::Hang } else { Verdict::Pass };
+    let stage = Stage::ready(1, config, Script { step, ..Script::default() }).await;
+    // It hangs: only the limit for its shutdown ends it.
+    let mut stream = stage.stream("goes", 1, 50).await;
+    stream.read(1).await;
+    let next = Config { models: vec![model("comes", Replicas::Count(1))], ..Config::default() };
+    let next_plan = plan(&next, &stage.cards, None);
+    let change = tokio::spawn({
+        let house = stage.house.clone();
+        async move { house.apply(next, next_plan).await }
+    });
+    stage.seen("changing", |status| status.replicas().count() == 0).await;
+    let mut events = stage.house.listen();
+    stage.strike().await;
+    change.await.expect("no panic");
+    while let Ok(event) = events.try_recv() {
+        assert!(!matches!(event, HouseEvent::WorkerStarted { .. }), "{event:?}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_drain_lets_streams_finish_and_refuses_new_ones() {
     let stage = Stage::ready(1, one_model(1), Script::default()).await;
@@ -464,7 +544,7 @@ async fn a_drain_lets_streams_finish_and_refuses_new_ones() {
     stage.seen("draining", |status| status.router.as_ref().is_some_and(|router| router.draining)).await;
     assert_eq!(stage.house.generate(request("m", 2, 5)).await.expect_err("no more"), Refusal::Draining);
     stream.completes().await;
-    assert_eq!(timeout(DEADLINE, drain).await.expect("in time").expect("no panic"), 0, "nothing had to be ended");
+    assert_eq!(timeout(DEADLINE, drain).await.expect("in time").expect("no panic"), EMPTY, "nothing had to be ended");
     stage.strike().await;
 }
 
@@ -480,8 +560,8 @@ async fn a_drain_ends_what_is_open_at_its_deadline_and_a_second_one_is_immediate
         async move { house.drain(Duration::from_secs(3000)).await }
     });
     stage.seen("draining", |status| status.router.as_ref().is_some_and(|router| router.draining)).await;
-    assert_eq!(stage.house.drain(Duration::ZERO).await, 1, "one stream was ended");
-    assert_eq!(patient.await.expect("no panic"), 1, "for the first, too");
+    assert_eq!(stage.house.drain(Duration::ZERO).await, Drained::Empty { ended: 1 }, "one stream was ended");
+    assert_eq!(patient.await.expect("no panic"), Drained::Empty { ended: 1 }, "for the first, too");
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     let (_, terminal) = stream.end().await;
     assert_eq!(terminal, Terminal::Failed(Failure::Draining));

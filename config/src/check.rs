@@ -145,9 +145,8 @@ impl Checker {
             let vram_bytes = vram.and_then(|text| self.size(&text.value().0, text.span()));
             let used_bytes = raw.used.as_ref().and_then(|text| self.size(&text.value().0, text.span())).unwrap_or(0);
             if let Some(uuid) = uuid {
-                if !is_uuid(uuid.value()) {
-                    let message = format!("`{}` is not a device's UUID", uuid.value());
-                    let help = "`GPU-` or `SIM-`, then letters, digits and dashes, such as `SIM-0`";
+                if let Some(message) = not_simulated(uuid.value()) {
+                    let help = "`SIM-`, then letters, digits and dashes, such as `SIM-0`";
                     self.report.add(uuid.span(), message).help = Some(help.into());
                 }
                 if let Some(first) = seen.insert(uuid.value().to_ascii_lowercase(), uuid.span()) {
@@ -428,6 +427,16 @@ impl Checker {
     fn unit_error(&mut self, span: Range<usize>, error: &UnitError) {
         let help = error.unit().and_then(|(unit, known)| did_you_mean(unit, known));
         self.report.add(span, error.to_string()).help = help;
+    }
+}
+
+/// What is wrong with the UUID of a simulated device. One that looks real would be taken for a GPU that is there: by the
+/// worker, which opens it, and by whoever reads a log.
+fn not_simulated(uuid: &str) -> Option<String> {
+    match uuid {
+        _ if !is_uuid(uuid) => Some(format!("`{uuid}` is not a device's UUID")),
+        _ if !uuid.starts_with("SIM-") => Some(format!("`{uuid}` is a real GPU's UUID, and this device is simulated")),
+        _ => None,
     }
 }
 

@@ -291,7 +291,7 @@ pub(crate) struct RawSimulate {
 pub(crate) struct RawSimulatedDevice {
     /// What the card is called.
     pub(crate) name: Option<At<String>>,
-    /// Its identity: `GPU-` or `SIM-` and letters, digits and dashes.
+    /// Its identity: `SIM-` and letters, digits and dashes.
     pub(crate) uuid: Option<At<String>>,
     /// Its memory.
     pub(crate) vram: Option<At<RawSize>>,
@@ -328,8 +328,6 @@ words! {
         /// 16-bit floats.
         #[default]
         F16,
-        /// 16-bit brain floats.
-        Bf16,
         /// 8-bit blocks of 32 with one scale.
         Q8_0,
     }

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use playhouse_actors::Drained;
+
 use super::socket::SocketArgs;
-use super::{CliError, RunCommand};
+use super::{CliError, Exit, RunCommand};
 
 /// The arguments of `drain`.
 #[derive(Debug, clap::Args)]
@@ -26,9 +28,13 @@ impl RunCommand for Args {
     fn run(self) -> Result<(), CliError> {
         let mut client = self.socket.connect()?;
         let report = match client.drain(self.timeout)? {
-            0 => "drained: every stream finished\n".to_owned(),
-            1 => "drained: 1 stream had to be ended\n".to_owned(),
-            ended => format!("drained: {ended} streams had to be ended\n"),
+            Drained::Empty { ended: 0 } => "drained: every stream finished\n".to_owned(),
+            Drained::Empty { ended: 1 } => "drained: 1 stream had to be ended\n".to_owned(),
+            Drained::Empty { ended } => format!("drained: {ended} streams had to be ended\n"),
+            Drained::Undone => {
+                let words = "the drain was taken back before it was over: the host takes requests";
+                return Err(CliError::new(Exit::Transient, words));
+            }
         };
         super::print(&report)?;
         if self.stop { Ok(client.stop()?) } else { Ok(()) }

@@ -24,6 +24,7 @@ mod ps;
 mod top;
 mod reload;
 mod drain;
+mod undrain;
 mod restart;
 mod events;
 mod check;
@@ -88,6 +89,9 @@ commands! {
     Reload => reload,
     /// Have a running host take no more requests and finish the open ones
     Drain => drain,
+    #[command(visible_alias = "uncordon")]
+    /// Have a running host take requests again after a drain
+    Undrain => undrain,
     /// Restart a model's or a device's workers in a running host
     Restart => restart,
     /// Show what happened in a running host

@@ -3,7 +3,7 @@
 use super::error::gguf_exit;
 use super::{CliError, Exit, RunCommand, print, print_json};
 use crate::client::{CardError, Catalog};
-use crate::host::planning::{Running, plan, read_cards};
+use crate::host::planning::{Running, Sizes, plan, read_cards};
 use crate::host::{PlanError, inventory_of};
 use playhouse_actors::policy::placement::{DevicePlan, Plan};
 use playhouse_config::units::Bytes;
@@ -27,7 +27,7 @@ impl RunCommand for Args {
         let config = Config::open(self.config.as_deref(), &Overrides::from_process_env())?;
         let devices = inventory_of(&config).devices().map_err(PlanError::from)?;
         let catalog = read_cards(&config, &Catalog::default(), &Config::default())?;
-        let plan = plan(&config, &catalog, &devices, &Running::default())?;
+        let plan = plan(&config, &catalog, &devices, &Running::default(), &mut Sizes::default())?;
         if self.json { print_json(&plan) } else { print(&table(&plan)) }
     }
 }

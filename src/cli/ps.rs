@@ -85,6 +85,9 @@ impl View {
                 // Writing to a String does not fail.
                 let _ = writeln!(text, "{} is quarantined: {reason}", device.device);
             }
+            if let Some(given_up) = show::given_up(device.oom) {
+                let _ = writeln!(text, "{} ran out of memory: {given_up}", device.device);
+            }
         }
         text
     }
@@ -107,6 +110,9 @@ impl View {
         }
         if status.failures > 0 {
             let _ = write!(line, ", {} failures ({} recent)", status.failures, status.recent_failures);
+        }
+        if let Some(given_up) = show::given_up(status.oom) {
+            let _ = write!(line, ", ran out of memory: {given_up}");
         }
         if let Some(reason) = &status.quarantined {
             let _ = write!(line, ", quarantined: {reason}");

@@ -16,9 +16,13 @@ use std::fmt::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+
+/// For blocking calls that are under way when everything else has ended.
+const LEFT_BEHIND: Duration = Duration::from_millis(500);
 
 /// The flags of `serve`.
 #[derive(Debug, clap::Args)]
@@ -88,11 +92,14 @@ impl RunCommand for Args {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
         let runtime = runtime.map_err(|error| CliError::new(Exit::Transient, error))?;
         let telemetry = telemetry::start(&config.host, runtime.handle())?;
-        runtime.block_on(async {
-            let served = serve(config, overrides).await;
+        let ended = runtime.block_on(async {
+            let ended = serve(config, overrides).await;
             telemetry.finish().await;
-            served
-        })
+            ended
+        });
+        // A read that hangs, such as that of a reload from a network that is gone, does not keep a host that was stopped.
+        runtime.shutdown_timeout(LEFT_BEHIND);
+        ended
     }
 }
 

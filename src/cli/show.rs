@@ -6,6 +6,7 @@ use std::time::Duration;
 use playhouse_actors::HouseEvent;
 use playhouse_actors::engine::{EngineStats, LoadPhase};
 use playhouse_actors::messages::{Phase, ReplicaStatus};
+use playhouse_actors::policy::ladder::{Rung, RungCounts};
 
 /// `21.5 GiB`.
 pub(crate) fn bytes(n_bytes: u64) -> String {
@@ -50,25 +51,18 @@ pub(crate) fn kv_percent(stats: &EngineStats) -> u64 {
     percent(stats.kv_blocks_used.into(), stats.kv_blocks_total.into())
 }
 
-/// One word.
-pub(crate) fn phase(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Waiting => "waiting",
-        Phase::Loading => "loading",
-        Phase::Ready => "ready",
-        Phase::Stopping => "stopping",
-        Phase::Down => "down",
-        Phase::Backoff => "backoff",
-        Phase::Quarantined => "quarantined",
-        Phase::Failed => "failed",
-        Phase::Stopped => "stopped",
-    }
+/// What was given up for want of memory: `3 times request refused, 1 time started again with less KV`.
+pub(crate) fn given_up(counts: RungCounts) -> Option<String> {
+    let one =
+        |(rung, times): (Rung, u64)| format!("{times} {} {}", if times == 1 { "time" } else { "times" }, rung.words());
+    let all: Vec<String> = counts.taken().map(one).collect();
+    (!all.is_empty()).then(|| all.join(", "))
 }
 
 /// The phase, and while it loads how far that has come: `weights 43%`.
 pub(crate) fn phase_and_progress(replica: &ReplicaStatus) -> String {
     let Some(progress) = replica.progress.as_ref().filter(|_| replica.phase == Phase::Loading) else {
-        return phase(replica.phase).to_owned();
+        return replica.phase.name().to_owned();
     };
     let what = match progress.phase {
         LoadPhase::Open => "opening",
@@ -137,6 +131,10 @@ pub(crate) fn event(event: &HouseEvent) -> String {
         HouseEvent::RestartScheduled { replica, after, kv_bytes, .. } => {
             let when = if after.is_zero() { "at once".to_owned() } else { format!("in {}", time(*after)) };
             format!("{replica} is started again {when}, with {} for KV", bytes(*kv_bytes))
+        }
+        HouseEvent::OutOfMemory { replica, device, rung, times } => {
+            let times = if *times == 1 { String::new() } else { format!(" ({times} times)") };
+            format!("{replica} ran out of memory on {device}: {}{times}", rung.words())
         }
         HouseEvent::Quarantined { device, reason } => format!("{device} is quarantined: {reason}"),
         HouseEvent::Released { device } => format!("{device} is taken back"),

@@ -31,6 +31,9 @@ impl From<ClientError> for CliError {
             ClientError::Protocol { .. } => Exit::Software,
             ClientError::Refused(failure) => match failure.kind {
                 FailureKind::BadConfig | FailureKind::DoesNotFit => Exit::BadConfig,
+                FailureKind::BadModel => Exit::BadModel,
+                FailureKind::NoModelFile => Exit::MissingFile,
+                FailureKind::NoDevices => Exit::NoDevice,
                 FailureKind::NoSuchTarget | FailureKind::NotPossible => Exit::Usage,
                 FailureKind::Busy | FailureKind::Ended | FailureKind::Timeout => Exit::Transient,
                 FailureKind::Forbidden => Exit::MissingFile,

@@ -1,9 +1,9 @@
 //! What the host knows of a model without having loaded it: names, sizes, and the way from text to tokens.
 
-use crate::basho;
-use crate::gguf::{GgufError, GgufFile};
+use crate::gguf::GgufError;
 use crate::grammar::{GrammarError, Grammars};
 use crate::models::{ModelError, ModelSpec, describe};
+use crate::source::{self, SourceError};
 use crate::text::{ChatTemplate, TemplateError, TextError, Tokenizer};
 use playhouse_actors::engine::Constraint;
 use playhouse_config::{Model, ModelSource};
@@ -54,15 +54,20 @@ pub struct ModelCard {
     grammars: OnceLock<Result<Grammars, GrammarError>>,
 }
 
-/// Opens the file of a model, or the embedded one.
-///
-/// # Errors
-/// [`CardError::File`], [`CardError::NotEmbedded`].
-pub fn open_source(source: &ModelSource) -> Result<GgufFile, CardError> {
-    match source {
-        ModelSource::File(path) => Ok(GgufFile::open(path)?),
-        ModelSource::Embedded(name) if name == "basho" => Ok(GgufFile::from_static(basho::LABEL, basho::GGUF)?),
-        ModelSource::Embedded(name) => Err(CardError::NotEmbedded(name.clone())),
+impl CardError {
+    /// Whether the file, or a part of it, is not there or may not be read.
+    pub fn is_missing(&self) -> bool {
+        use crate::gguf::GgufErrorKind::{MissingShard, NotFound};
+        matches!(self, Self::File(error) if matches!(error.kind(), NotFound | MissingShard))
+    }
+}
+
+impl From<SourceError> for CardError {
+    fn from(error: SourceError) -> Self {
+        match error {
+            SourceError::File(error) => Self::File(error),
+            SourceError::NotEmbedded(name) => Self::NotEmbedded(name),
+        }
     }
 }
 
@@ -73,7 +78,7 @@ impl ModelCard {
     /// # Errors
     /// [`CardError`].
     pub fn read(model: &Model) -> Result<Self, CardError> {
-        let file = open_source(&model.source)?;
+        let file = source::open(&model.source)?;
         let spec = describe(&file)?;
         let tokenizer = Tokenizer::from_gguf(&file)?;
         let template = ChatTemplate::from_gguf(&file, &tokenizer)?;

@@ -14,7 +14,7 @@ pub mod limits;
 mod request;
 mod stream;
 
-pub use card::{CardError, ModelCard, open_source};
+pub use card::{CardError, ModelCard};
 pub use error::{Invalid, RequestError};
 pub use handle::{Embedding, ModelHandle};
 pub use request::{ChatRequest, GenerateRequest, Prompt};

@@ -9,6 +9,7 @@ use playhouse_actors::engine::{FinishReason, RequestId, TokenLogprobs};
 use playhouse_actors::messages::{Failure, StreamEvent, Terminal};
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Instant;
 
 /// One token of one choice.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,6 +25,8 @@ pub struct Token {
     pub text: String,
     /// If asked for.
     pub logprobs: Option<TokenLogprobs>,
+    /// When an engine began with the request, if it said so: waiting ended and computing began. The first token has it.
+    pub begun: Option<Instant>,
 }
 
 /// How a choice ended.
@@ -191,6 +194,7 @@ impl Choice {
                     id: token.token,
                     text: output.emit,
                     logprobs: token.logprobs,
+                    begun: token.begun,
                 };
                 let hit = output.hit.map(|hit| self.stops[hit].clone());
                 let end = hit.map(|hit| self.end(String::new(), Outcome::Stop { hit: Some(hit) }, None));

@@ -313,6 +313,7 @@ impl<M: StepModel> Engine for LlmEngine<M> {
             kv_blocks_used: index_of(kv.n_total() - kv.n_free()),
             kv_blocks_cached: index_of(kv.n_idle()),
             kv_blocks_total: index_of(kv.n_total()),
+            kv_block_tokens: index_of(crate::backend::BLOCK_TOKENS),
             steps: self.counters.steps,
             prefill_tokens: self.counters.prefill_tokens,
             decode_tokens: self.counters.decode_tokens,
@@ -322,6 +323,8 @@ impl<M: StepModel> Engine for LlmEngine<M> {
             weight_bytes: memory.weights,
             kv_bytes: memory.kv,
             scratch_bytes: memory.scratch,
+            // What to give up when a step finds no memory is decided by whoever drives the engine.
+            ..EngineStats::default()
         }
     }
 

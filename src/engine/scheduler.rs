@@ -205,6 +205,11 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// Whether a request waits, for the first time or again.
+    pub fn is_waiting(&self, id: RequestId) -> bool {
+        self.keys.get(&id).is_some_and(|key| self.waiting.contains(key))
+    }
+
     /// Tokens of waiting sequences, all still to be computed.
     pub fn n_queued_tokens(&self) -> usize {
         self.waiting.iter().map(|key| self.sequences[key].tokens().len()).sum()

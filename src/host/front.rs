@@ -1,8 +1,9 @@
 //! What the HTTP front needs of this host: devices, the configured models, and what happened.
 
 use super::{Playhouse, ReloadError};
-use crate::http::control::{BoxFuture, ConfiguredModel, Control, ControlError, EventLog};
+use crate::http::control::{BoxFuture, ConfiguredModel, Control, ControlError};
 use crate::worker::chain;
+use playhouse_actors::EventLog;
 use playhouse_actors::inventory::Device;
 use serde_json::json;
 
@@ -10,14 +11,12 @@ use serde_json::json;
 #[derive(Debug)]
 pub struct HouseControl {
     house: Playhouse,
-    log: EventLog,
 }
 
 impl HouseControl {
-    /// For a house that was opened just now: what happens from here on is recorded.
+    /// For a house that was opened.
     pub fn new(house: Playhouse) -> Self {
-        let log = EventLog::record(house.events());
-        Self { house, log }
+        Self { house }
     }
 
     async fn set_wanted(&self, model: &str, wanted: bool) -> Result<(), ControlError> {
@@ -75,6 +74,6 @@ impl Control for HouseControl {
     }
 
     fn events(&self) -> &EventLog {
-        &self.log
+        self.house.tree().log()
     }
 }

@@ -14,6 +14,7 @@ pub mod front;
 pub mod notify;
 pub mod nvml;
 pub mod planning;
+mod reloads;
 pub mod service;
 pub mod signals;
 pub mod telemetry;
@@ -25,14 +26,14 @@ use crate::client::{Catalog, Client, ModelHandle};
 use crate::worker::Workers;
 use arc_swap::ArcSwap;
 use nvml::NvmlInventory;
-use planning::{Running, plan, read_cards};
+use planning::{Running, Sizes, plan, read_cards};
 use playhouse_actors::house::preview;
 use playhouse_actors::inventory::{Device, DeviceId, Inventory, InventoryError};
 use playhouse_actors::link::WorkerFactory;
 use playhouse_actors::messages::{HouseEvent, HouseStatus, Phase, ReplicaStatus};
 use playhouse_actors::policy::placement::Plan;
 use playhouse_actors::sim::SimInventory;
-use playhouse_actors::{HouseArgs, HouseHandle, Refusal};
+use playhouse_actors::{Drained, HouseArgs, HouseHandle, Refusal};
 use playhouse_config::{Config, Limits, Overrides, PciBusId};
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, Hasher};
@@ -70,6 +71,8 @@ pub struct Playhouse {
 struct Shared {
     catalog: Arc<ArcSwap<Catalog>>,
     now: Mutex<Now>,
+    /// What the models need. Changed under `reloading` alone.
+    sizes: Mutex<Sizes>,
     overrides: Overrides,
     /// One change at a time.
     reloading: tokio::sync::Mutex<()>,
@@ -120,7 +123,7 @@ impl Playhouse {
     /// [`OpenError`]; nothing is left running.
     pub async fn open_with(config: Config, parts: Parts) -> Result<Self, OpenError> {
         let inventory = parts.inventory.unwrap_or_else(|| inventory_of(&config));
-        let (catalog, plan, inventory) = prepare(config.clone(), inventory).await?;
+        let Prepared { catalog, plan, sizes, inventory } = prepare(config.clone(), inventory).await?;
         let catalog = Arc::new(ArcSwap::from_pointee(catalog));
         let args = HouseArgs {
             config: config.clone(),
@@ -141,6 +144,7 @@ impl Playhouse {
         let shared = Shared {
             catalog: catalog.clone(),
             now: Mutex::new(Now { config, unwanted: BTreeSet::new(), plan }),
+            sizes: Mutex::new(sizes),
             overrides: parts.overrides,
             reloading: tokio::sync::Mutex::default(),
             ended,
@@ -209,7 +213,7 @@ impl Playhouse {
             let lost = all.iter().copied().filter(is_lost).count();
             let why = |replica: &ReplicaStatus| match &replica.last_end {
                 Some(end) => format!("{}: {end}", replica.replica),
-                None => format!("{} is {:?}", replica.replica, replica.phase),
+                None => format!("{} is {}", replica.replica, replica.phase),
             };
             (!all.is_empty() && lost == all.len()).then(|| (model.name.clone(), why(all[0])))
         })
@@ -269,9 +273,12 @@ impl Playhouse {
         let running = Running::of(&status, &old_plan, &devices);
         let known = self.shared.catalog.load_full();
         let (wanted, same) = (config.clone(), old.clone());
+        let shared = self.shared.clone();
         let prepared = tokio::task::spawn_blocking(move || {
             let catalog = read_cards(&wanted, &known, &same)?;
-            let plan = plan(&wanted, &catalog, &devices, &running)?;
+            // Whoever panicked in here left sizes that are right, if fewer.
+            let mut sizes = shared.sizes.lock().unwrap_or_else(PoisonError::into_inner);
+            let plan = plan(&wanted, &catalog, &devices, &running, &mut sizes)?;
             Ok::<_, PlanError>((catalog, plan))
         });
         let (catalog, plan) = prepared.await.map_err(|_| ReloadError::Ended)??;
@@ -292,7 +299,10 @@ impl Playhouse {
     /// [`ReloadError`]; everything goes on as it was.
     pub async fn reload_file(&self, dry_run: bool) -> Result<Reloaded, ReloadError> {
         let path = self.config().path.ok_or(ReloadError::NoFile)?;
-        let config = Config::open(Some(&path), &self.shared.overrides)?;
+        let shared = self.shared.clone();
+        // A file can take its time: on a network, or if it is none.
+        let reading = tokio::task::spawn_blocking(move || Config::open(Some(&path), &shared.overrides));
+        let config = reading.await.map_err(|_| ReloadError::Ended)??;
         self.reload(config, dry_run).await
     }
 
@@ -319,10 +329,15 @@ impl Playhouse {
         Err(NoSuchTarget { target: target.to_owned(), targets })
     }
 
-    /// Takes no more requests and waits until the open ones have ended, or ends them when the time is up. How many had
-    /// to be ended.
-    pub async fn drain(&self, deadline: Duration) -> u32 {
+    /// Takes no more requests and waits until the open ones have ended, or ends them when the time is up. The house goes on,
+    /// and takes no requests, until it is stopped or [`Playhouse::undrain`] is called.
+    pub async fn drain(&self, deadline: Duration) -> Drained {
         self.tree().drain(deadline).await
+    }
+
+    /// Takes requests again after a drain, or in the middle of one, whose streams then go on. Whether there was one.
+    pub async fn undrain(&self) -> bool {
+        self.tree().undrain().await
     }
 
     /// Ends the house: every worker is gone when this returns.
@@ -347,16 +362,22 @@ pub fn inventory_of(config: &Config) -> Box<dyn Inventory> {
     Box::new(SimInventory::new(config.simulate.clone()).0)
 }
 
+/// What a house is opened with when nothing is wrong.
+struct Prepared {
+    catalog: Catalog,
+    plan: Plan,
+    sizes: Sizes,
+    inventory: Box<dyn Inventory>,
+}
+
 /// Everything that can be wrong is found here, before anything is started.
-async fn prepare(
-    config: Config,
-    mut inventory: Box<dyn Inventory>,
-) -> Result<(Catalog, Plan, Box<dyn Inventory>), PlanError> {
+async fn prepare(config: Config, mut inventory: Box<dyn Inventory>) -> Result<Prepared, PlanError> {
     let prepared = tokio::task::spawn_blocking(move || {
         let devices = inventory.devices()?;
         let catalog = read_cards(&config, &Catalog::default(), &Config::default())?;
-        let plan = plan(&config, &catalog, &devices, &Running::default())?;
-        Ok((catalog, plan, inventory))
+        let mut sizes = Sizes::default();
+        let plan = plan(&config, &catalog, &devices, &Running::default(), &mut sizes)?;
+        Ok(Prepared { catalog, plan, sizes, inventory })
     });
     let lost = |error: tokio::task::JoinError| InventoryError::Call {
         call: "reading the models".into(),

@@ -400,6 +400,7 @@ mod tests {
                 quarantined: None,
                 recent_failures: 0,
                 failures: 0,
+                oom: Default::default(),
                 replicas: vec![replica],
             }],
             router: Some(RouterStatus {

@@ -3,7 +3,8 @@
 //! Sizes come from the models' files, memory from NVML; nothing is allocated and no GPU is touched.
 
 use super::error::PlanError;
-use crate::client::{Catalog, ModelCard, open_source};
+use crate::client::{Catalog, ModelCard};
+use crate::source;
 use crate::worker::sizing;
 use playhouse_actors::inventory::{Device, DeviceId};
 use playhouse_actors::messages::HouseStatus;
@@ -72,11 +73,48 @@ impl Running {
     }
 }
 
+/// What models need, as found out before: sizes on a GPU are read from the file, which need not be opened again while the
+/// model's card and settings are the same.
+#[derive(Debug, Clone, Default)]
+pub struct Sizes(BTreeMap<String, Size>);
+
+#[derive(Debug, Clone)]
+struct Size {
+    card: Arc<ModelCard>,
+    config: Model,
+    is_on_gpu: bool,
+    demand: Demand,
+}
+
+impl Sizes {
+    fn known(&self, config: &Model, card: &Arc<ModelCard>, is_on_gpu: bool) -> Option<Demand> {
+        let sized = self.0.get(&config.name)?;
+        let is_same = Arc::ptr_eq(&sized.card, card) && sized.config == *config && sized.is_on_gpu == is_on_gpu;
+        is_same.then_some(sized.demand)
+    }
+
+    fn demand(&mut self, config: &Model, card: &Arc<ModelCard>, is_on_gpu: bool) -> Result<Demand, Unsized> {
+        if let Some(known) = self.known(config, card, is_on_gpu) {
+            return Ok(known);
+        }
+        let demand = demand(config, card, is_on_gpu)?;
+        let sized = Size { card: card.clone(), config: config.clone(), is_on_gpu, demand };
+        self.0.insert(config.name.clone(), sized);
+        Ok(demand)
+    }
+}
+
 /// Makes the plan. On simulated devices nothing is ever taken, so what is free there is free for us.
 ///
 /// # Errors
 /// [`PlanError`].
-pub fn plan(config: &Config, catalog: &Catalog, devices: &[Device], running: &Running) -> Result<Plan, PlanError> {
+pub fn plan(
+    config: &Config,
+    catalog: &Catalog,
+    devices: &[Device],
+    running: &Running,
+    sizes: &mut Sizes,
+) -> Result<Plan, PlanError> {
     let simulated = !config.simulate.is_empty();
     let cards: Vec<Card> = devices
         .iter()
@@ -92,36 +130,51 @@ pub fn plan(config: &Config, catalog: &Catalog, devices: &[Device], running: &Ru
             }
         })
         .collect();
-    let wanted = config
-        .models
-        .iter()
-        .map(|model| {
-            wanted(model, catalog, running, !simulated && !devices.is_empty() && model.devices != Devices::Cpu)
-        })
-        .collect::<Result<Vec<_>, _>>()?;
+    let mut wanted = Vec::new();
+    for model in &config.models {
+        let card = catalog.get(&model.name).expect("the catalog was made from this configuration");
+        let is_on_gpu = !simulated && !devices.is_empty() && model.devices != Devices::Cpu;
+        let demand = sizes.demand(model, card, is_on_gpu).map_err(|error| error.of(model))?;
+        wanted.push(Wanted {
+            name: model.name.clone(),
+            devices: model.devices.clone(),
+            replicas: model.replicas,
+            priority: model.priority,
+            kv_budget_bytes: model.kv_budget_bytes,
+            demand,
+            current: running.placed.get(&model.name).cloned().unwrap_or_default(),
+        });
+    }
     Ok(place(&wanted, &cards, &cpu_card())?)
 }
 
+/// Why it is not known what a model needs.
+#[derive(Debug, thiserror::Error)]
+enum Unsized {
+    #[error(transparent)]
+    Settings(#[from] sizing::SizingError),
+    #[error(transparent)]
+    File(#[from] source::SourceError),
+}
+
+impl Unsized {
+    fn of(self, model: &Model) -> PlanError {
+        let name = model.name.clone();
+        match self {
+            Self::Settings(error) => PlanError::Settings { model: name, why: error.to_string() },
+            Self::File(error) => {
+                PlanError::Model { model: name, source_of: model.source.to_string(), source: Box::new(error.into()) }
+            }
+        }
+    }
+}
+
 /// On the CPU, and on devices that are not there, the CPU's engine takes what the file takes.
-fn demand(model: &Model, card: &ModelCard, is_on_gpu: bool) -> Result<Demand, Box<dyn std::error::Error>> {
+fn demand(model: &Model, card: &ModelCard, is_on_gpu: bool) -> Result<Demand, Unsized> {
     if !is_on_gpu {
         return Ok(sizing::demand(model, &card.spec)?);
     }
-    Ok(sizing::demand_on_gpu(model, &card.spec, &open_source(&model.source)?)?)
-}
-
-fn wanted(model: &Model, catalog: &Catalog, running: &Running, is_on_gpu: bool) -> Result<Wanted, PlanError> {
-    let card = catalog.get(&model.name).expect("the catalog was made from this configuration");
-    let settings = |why: String| PlanError::Settings { model: model.name.clone(), why };
-    Ok(Wanted {
-        name: model.name.clone(),
-        devices: model.devices.clone(),
-        replicas: model.replicas,
-        priority: model.priority,
-        kv_budget_bytes: model.kv_budget_bytes,
-        demand: demand(model, card, is_on_gpu).map_err(|error| settings(error.to_string()))?,
-        current: running.placed.get(&model.name).cloned().unwrap_or_default(),
-    })
+    Ok(sizing::demand_on_gpu(model, &card.spec, &source::open(&model.source)?)?)
 }
 
 /// The host's memory as a card. What is available there can be lent to workers.
@@ -147,6 +200,20 @@ fn host_memory() -> (u64, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_are_found_out_again_only_for_what_changed() {
+        let config = Config::default();
+        let catalog = read_cards(&config, &Catalog::default(), &Config::default()).expect("the embedded model");
+        let (model, mut sizes) = (&config.models[0], Sizes::default());
+        let card = catalog.get(&model.name).expect("there");
+        let demand = sizes.demand(model, card, true).expect("it can be sized");
+        assert_eq!(sizes.known(model, card, true), Some(demand));
+        assert_eq!(sizes.known(model, card, false), None, "another backend has other sizes");
+        assert_eq!(sizes.known(&Model { context: Some(64), ..model.clone() }, card, true), None);
+        let read_again = read_cards(&config, &Catalog::default(), &Config::default()).expect("the embedded model");
+        assert_eq!(sizes.known(model, read_again.get(&model.name).expect("there"), true), None, "another file");
+    }
 
     #[test]
     fn the_host_has_memory() {

@@ -1,22 +1,26 @@
 //! A house that runs until it is told to stop: what `playhouse serve` does after it was opened.
 //!
 //! ```text
-//! [Running] --SIGHUP, reload--> [Running]
+//! [Running] --SIGHUP, reload--> [Running]            the reload goes on beside: see `reloads`
 //!     |--SIGTERM, SIGINT, stop--> [Draining] --streams finished, or the time is up, or a second signal--> Asked
 //!     \--the supervisor gives up--> GaveUp
 //! ```
 
 use super::admin::{self, AdminServer, Failure, FailureKind, Options, Reloaded, Restarted, usual_path};
 use super::notify::{Notify, Service};
+use super::reloads::{self, Reloads};
 use super::signals::{Asked, Signals};
-use super::{NoSuchTarget, Playhouse, ReloadError};
-use crate::worker::chain;
+use super::{NoSuchTarget, Playhouse};
 use playhouse_actors::inventory::Device;
-use playhouse_actors::{HouseEvent, HouseStatus};
+use playhouse_actors::{Drained, EventLog, HouseEvent, HouseStatus};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tokio::sync::{Notify as Bell, broadcast};
+use tokio::sync::{Notify as Bell, mpsc, oneshot};
+
+/// Reloads that may be asked for and not be looked at yet; more than the admin socket has clients.
+const ASKED_MAX: usize = 64;
 
 /// How a house's run ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,11 +32,15 @@ pub enum Ending {
 }
 
 /// A house with what an operator does to it.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Operated {
     house: Playhouse,
     /// Rung when the admin socket asks to stop.
-    stop: Arc<Bell>,
+    stop: Bell,
+    /// Reloads that the admin socket asks for.
+    reloads: mpsc::Sender<reloads::Reply>,
+    /// There is no way back.
+    stopping: AtomicBool,
 }
 
 /// Runs `house` until it is told to stop.
@@ -40,26 +48,24 @@ pub struct Operated {
 /// # Errors
 /// If the system gives no signals.
 pub async fn run(house: Playhouse) -> std::io::Result<Ending> {
-    let operated = Arc::new(Operated { house: house.clone(), stop: Arc::default() });
+    let (asking, mut asked_for) = mpsc::channel(ASKED_MAX);
+    let (stop, stopping) = (Bell::new(), AtomicBool::new(false));
+    let operated = Arc::new(Operated { house: house.clone(), stop, reloads: asking, stopping });
     let mut signals = Signals::listen()?;
     let mut events = house.events();
     let _admin = open_admin(&operated);
     let notify = Notify::start(operated.clone(), Service::from_env());
-    loop {
+    let mut reloads = Reloads::of(house.clone());
+    let is_now = loop {
         tokio::select! {
             asked = signals.next() => match asked {
-                Asked::Reload => {
-                    notify.reloading();
-                    reload(&house).await;
-                    notify.reloaded();
-                }
-                Asked::Drain => break,
-                Asked::Now => {
-                    house.stop().await;
-                    return Ok(Ending::Asked);
-                }
+                Asked::Reload => reloads.ask(None, &notify),
+                Asked::Drain => break false,
+                Asked::Now => break true,
             },
-            () = operated.stop.notified() => break,
+            () = operated.stop.notified() => break false,
+            Some(reply) = asked_for.recv() => reloads.ask(Some(reply), &notify),
+            outcome = reloads.over() => reloads.finish(&outcome, &notify),
             event = events.recv() => if let Ok(HouseEvent::GaveUp { reason }) = event {
                 tracing::error!(reason, "the supervisor gives up");
                 house.stop().await;
@@ -67,33 +73,33 @@ pub async fn run(house: Playhouse) -> std::io::Result<Ending> {
             },
             () = house.ended() => return Ok(Ending::GaveUp("the supervision tree ended".into())),
         }
-    }
+    };
+    operated.stopping.store(true, Ordering::Relaxed);
+    drop(asked_for);
+    reloads.give_up();
     notify.stopping();
-    let deadline = house.config().host.drain;
-    tracing::info!(?deadline, "no new requests; open streams may finish");
-    tokio::select! {
-        ended = house.drain(deadline) => if ended > 0 {
-            tracing::warn!(streams = ended, "the time for open streams was up");
-        },
-        () = second(&mut signals) => tracing::warn!("asked again: open streams end now"),
+    if !is_now {
+        drain(&house, &mut signals).await;
     }
     house.stop().await;
     Ok(Ending::Asked)
 }
 
+/// Lets open streams finish, until the time for that is up or a second signal comes.
+async fn drain(house: &Playhouse, signals: &mut Signals) {
+    let deadline = house.config().host.drain;
+    tracing::info!(?deadline, "no new requests; open streams may finish");
+    tokio::select! {
+        drained = house.drain(deadline) => if let Drained::Empty { ended: ended @ 1.. } = drained {
+            tracing::warn!(streams = ended, "the time for open streams was up");
+        },
+        () = second(signals) => tracing::warn!("asked again: open streams end now"),
+    }
+}
+
 /// Waits for a second signal to stop.
 async fn second(signals: &mut Signals) {
     while signals.next().await == Asked::Reload {}
-}
-
-async fn reload(house: &Playhouse) {
-    match house.reload_file(false).await {
-        Ok(Reloaded { applied, restart_needed, .. }) => {
-            let (kept, started, stopped) = (applied.kept.len(), applied.started.len(), applied.stopped.len());
-            tracing::info!(kept, started, stopped, ?restart_needed, "the configuration was read again");
-        }
-        Err(error) => tracing::error!("the configuration is not taken over, everything goes on as it was: {error}"),
-    }
 }
 
 /// The admin socket. A host can do without: the reason is in the log.
@@ -121,20 +127,18 @@ impl admin::House for Operated {
         self.house.devices().await
     }
 
-    fn events(&self) -> broadcast::Receiver<HouseEvent> {
-        self.house.events()
+    fn log(&self) -> &EventLog {
+        self.house.tree().log()
     }
 
     async fn reload(&self, dry_run: bool) -> Result<Reloaded, Failure> {
-        self.house.reload_file(dry_run).await.map_err(|error| {
-            let kind = match &error {
-                ReloadError::NoFile => FailureKind::NotPossible,
-                ReloadError::Config(_) => FailureKind::BadConfig,
-                ReloadError::Plan(_) => FailureKind::DoesNotFit,
-                ReloadError::Ended => return Failure::ended(),
-            };
-            Failure::new(kind, chain(&error))
-        })
+        if dry_run {
+            // Changes nothing, so nobody is told.
+            return self.house.reload_file(true).await.map_err(|error| reloads::failure(&error));
+        }
+        let (reply, outcome) = oneshot::channel();
+        self.reloads.send(reply).await.map_err(|_| Failure::stopping())?;
+        outcome.await.unwrap_or_else(|_| Err(Failure::ended()))
     }
 
     async fn restart(&self, target: &str) -> Result<Restarted, Failure> {
@@ -142,8 +146,15 @@ impl admin::House for Operated {
         restarted.map_err(|error: NoSuchTarget| Failure::new(FailureKind::NoSuchTarget, error.to_string()))
     }
 
-    async fn drain(&self, deadline: Option<Duration>) -> u32 {
+    async fn drain(&self, deadline: Option<Duration>) -> Drained {
         self.house.drain(deadline.unwrap_or(self.house.config().host.drain)).await
+    }
+
+    async fn undrain(&self) -> Result<bool, Failure> {
+        if self.stopping.load(Ordering::Relaxed) {
+            return Err(Failure::stopping());
+        }
+        Ok(self.house.undrain().await)
     }
 
     fn stop(&self) {

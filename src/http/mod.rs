@@ -142,8 +142,8 @@ pub struct Listeners {
 /// [`ServeError::Exposed`] if the listener can be reached from outside and the settings have no keys or no TLS and do
 /// not say that this is wanted; [`ServeError::Tls`] if certificate or key, [`ServeError::Keys`] if a file of keys
 /// cannot be used. Trouble with single connections ends those connections.
-pub async fn serve(front: Front, listeners: Listeners, stop: CancellationToken) -> Result<(), ServeError> {
-    let Listeners { tcp, unix } = listeners;
+pub async fn serve(front: Front, listeners: impl Into<Listeners>, stop: CancellationToken) -> Result<(), ServeError> {
+    let Listeners { tcp, unix } = listeners.into();
     let app = front.shared(stop.clone());
     let on_unix = async {
         match unix {

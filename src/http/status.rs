@@ -200,6 +200,7 @@ mod tests {
             quarantined: None,
             recent_failures: 0,
             failures: 0,
+            oom: Default::default(),
             replicas: vec![replica],
         };
         let house = HouseStatus { devices: vec![device], router: None, uptime: Duration::ZERO };

@@ -9,6 +9,7 @@
 //! oom-at-step=N (once)    oom-from-step=N     slow-step=MS        oom-at-load
 //! trap-at-step=N (a kernel that traps, on a GPU)
 //! never-ready             never-greet         other-device        protocol=N
+//! slow-load=MS (before each report of the load's progress)
 //! ```
 //!
 //! Steps count from 1. `exit-at-step=3:1@basho/0#1` ends the first worker of `basho/0` in its third step with status 1.
@@ -33,6 +34,7 @@ pub(crate) enum Fault {
     OomAtStep(u64),
     OomFromStep(u64),
     SlowStep(Duration),
+    SlowLoad(Duration),
     OomAtLoad,
     NeverReady,
     NeverGreet,
@@ -68,6 +70,16 @@ impl Faults {
         self.0.iter().find_map(|fault| if let Fault::Protocol(protocol) = fault { Some(*protocol) } else { None })
     }
 
+    /// Lets time pass if the load is to be slow.
+    pub(crate) fn slow_load(&self) {
+        for fault in &self.0 {
+            if let Fault::SlowLoad(time) = *fault {
+                // The message is the passing of time.
+                let _ = after(time).recv();
+            }
+        }
+    }
+
     /// `model` with its steps going wrong.
     pub(crate) fn wrap(self, model: Box<dyn StepModel>) -> Box<dyn StepModel> {
         if self.0.is_empty() { model } else { Box::new(Faulty { model, faults: self.0, steps: 0 }) }
@@ -96,6 +108,7 @@ fn fault(item: &str, replica: &str, incarnation: u64) -> Option<Fault> {
         "oom-at-step" => Fault::OomAtStep(number(value)),
         "oom-from-step" => Fault::OomFromStep(number(value)),
         "slow-step" => Fault::SlowStep(Duration::from_millis(number(value))),
+        "slow-load" => Fault::SlowLoad(Duration::from_millis(number(value))),
         "oom-at-load" => Fault::OomAtLoad,
         "never-ready" => Fault::NeverReady,
         "never-greet" => Fault::NeverGreet,

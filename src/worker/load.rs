@@ -1,16 +1,15 @@
 //! From a worker's task to an engine: which device, which file, which limits. The one place that knows the backends.
 
 use super::sizing::{kv_min_bytes, limits};
-use crate::basho;
 use crate::engine::{self, DeviceName, DeviceOptions, EngineOptions, LlmEngine, LoadError, RunnerLimits, StepModel};
 use crate::gguf::GgufFile;
 use crate::grammar::LazyGrammars;
-use crate::models::{ModelError, describe};
+use crate::models::describe;
+use crate::source;
 use crate::text::Tokenizer;
 use playhouse_actors::engine::{EngineError, LoadProgress};
 use playhouse_actors::inventory::DeviceId;
 use playhouse_actors::messages::WorkerSpec;
-use playhouse_config::ModelSource;
 use std::fmt::Display;
 
 /// The engine of a worker, whatever runs its steps.
@@ -88,7 +87,7 @@ pub(super) fn load(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded, EngineError> {
     let bad = |error: &dyn Display| EngineError::BadModel(format!("{}: {error}", spec.source));
-    let file = open(&spec.source).map_err(|error| bad(&error))?;
+    let file = source::open(&spec.source).map_err(|error| bad(&error))?;
     let described = describe(&file).map_err(|error| bad(&error))?;
     let limits = limits(spec, &described).map_err(|error| bad(&error))?;
     let kv_min_bytes = kv_min_bytes(spec, &described).map_err(|error| bad(&error))?;
@@ -100,22 +99,14 @@ pub(super) fn load(
     let model = super::fault::Faults::of(spec).wrap(model);
     let (n_ctx, n_vocab) = (model.n_ctx(), model.n_vocab());
     let options = EngineOptions { max_sequences: spec.max_sequences.max(1) as usize, ..EngineOptions::default() };
-    let source = spec.source.clone();
+    let name = spec.source.clone();
     // Read again, and only if a text is to be held to a form.
     let tokenizer = move || {
-        let file = open(&source).map_err(|error| error.to_string())?;
+        let file = source::open(&name).map_err(|error| error.to_string())?;
         Tokenizer::from_gguf(&file).map_err(|error| error.to_string())
     };
     let engine = LlmEngine::new(model, options).with_constrainer(Box::new(LazyGrammars::new(Box::new(tokenizer))));
     Ok(Loaded { engine, kv_min_bytes, n_ctx, n_vocab })
-}
-
-fn open(source: &ModelSource) -> Result<GgufFile, ModelError> {
-    Ok(match source {
-        ModelSource::File(path) => GgufFile::open(path)?,
-        // The configuration knows no other name.
-        ModelSource::Embedded(_) => GgufFile::from_static(basho::LABEL, basho::GGUF)?,
-    })
 }
 
 fn load_model(

@@ -15,12 +15,14 @@ use super::load::{Loaded, WorkerEngine, is_gpu, load};
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, bounded};
 use playhouse_actors::engine::{
     Engine, EngineError, EngineEvent, EngineRequest, EngineStats, LoadPhase, LoadProgress, RequestError, RequestId,
+    StepReport, StepTokens,
 };
 use playhouse_actors::messages::{Heartbeat, WorkerCommand, WorkerEvent, WorkerReady, WorkerSpec};
+use playhouse_actors::policy::ladder::{Rung, RungCounts};
 use playhouse_actors::policy::outcome::{EXIT_BAD_MODEL, EXIT_WRONG_DEVICE};
 use std::any::Any;
-use std::collections::HashSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::collections::{HashMap, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -89,8 +91,16 @@ impl End {
 
 /// Runs a worker to its end on this thread. Everything it had is given back when this returns. A panic is an end, too.
 pub(super) fn run(task: Task) -> End {
-    catch_unwind(AssertUnwindSafe(|| run_with_heartbeat(task))).unwrap_or_else(|panic| End::Broken(words_of(&*panic)))
+    catch_unwind(AssertUnwindSafe(|| run_with_heartbeat(task))).unwrap_or_else(|panic| {
+        match panic.is::<LoadGivenUp>() {
+            true => End::HostGone,
+            false => End::Broken(words_of(&*panic)),
+        }
+    })
 }
+
+/// Carried by the unwinding that leaves a load half way: the only way out of one, from the inside of its progress report.
+struct LoadGivenUp;
 
 fn words_of(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
@@ -171,11 +181,22 @@ fn work(task: Task, pulse: &Pulse) -> Result<End, End> {
         kv_min_bytes: loaded.kv_min_bytes,
         stats,
     }))?;
-    let mut service =
-        Service { task: &task, engine: Box::new(loaded.engine), refused: HashSet::new(), n_failed_steps: 0 };
+    let mut service = Service {
+        task: &task,
+        engine: Box::new(loaded.engine),
+        waiting: HashMap::new(),
+        step_tokens: StepTokens::default(),
+        refused: HashSet::new(),
+        n_failed_steps: 0,
+        given_up: RungCounts::default(),
+    };
     let end = service.serve(pulse);
+    let stats = service.stats();
     let Service { engine, .. } = service;
     if let Err(End::Failed(error)) = &end {
+        // What was given up in the last step would be told with the next heartbeat, which does not come.
+        pulse.step_ends(stats);
+        tell(WorkerEvent::Heartbeat(pulse.heartbeat()))?;
         tell(WorkerEvent::Failed(error.clone()))?;
         if is_gpu(&task.spec.device) && matches!(error, EngineError::DeviceLost { .. }) {
             // Every call to the driver fails from here on, those that free too. The process ends, and that frees all.
@@ -191,11 +212,19 @@ fn load_and_tell(task: &Task) -> Result<Loaded, EngineError> {
     #[cfg(any(debug_assertions, feature = "fault-injection"))]
     faults_at_load(&task.spec)?;
     let mut last: Option<(LoadPhase, Instant)> = None;
+    #[cfg(any(debug_assertions, feature = "fault-injection"))]
+    let faults = super::fault::Faults::of(&task.spec);
     load(&task.spec, task.threads, &mut |progress: LoadProgress| {
+        #[cfg(any(debug_assertions, feature = "fault-injection"))]
+        faults.slow_load();
+        if task.stop.load(Ordering::Relaxed) {
+            // No panic, so no hook: everything that was loaded is given back on the way out.
+            resume_unwind(Box::new(LoadGivenUp));
+        }
         let recent = last.is_some_and(|(phase, at)| phase == progress.phase && at.elapsed() < PROGRESS_EVERY);
         if !recent {
             last = Some((progress.phase, Instant::now()));
-            // A host that is gone is noticed when the model is there: a load cannot be left half way.
+            // A host that is gone sets `stop` where it can, and kills where it cannot.
             let _ = task.host.tell(WorkerEvent::Progress(progress));
         }
     })
@@ -219,13 +248,25 @@ fn faults_at_load(spec: &WorkerSpec) -> Result<(), EngineError> {
 struct Service<'a> {
     task: &'a Task,
     engine: Box<WorkerEngine>,
+    /// When the requests came that no step has computed anything of yet.
+    waiting: HashMap<RequestId, Instant>,
+    step_tokens: StepTokens,
     /// Given up for want of memory, and reported; what the engine says of their end is not passed on.
     refused: HashSet<RequestId>,
     /// Steps in a row that found no memory.
     n_failed_steps: u32,
+    /// What was given up for want of memory.
+    given_up: RungCounts,
 }
 
 impl Service<'_> {
+    /// The engine's, with what its steps computed and what was given up. Where blocks of KV run out, the engine itself preempts.
+    fn stats(&self) -> EngineStats {
+        let stats = self.engine.stats();
+        let oom = RungCounts { preempt: stats.preemptions, ..self.given_up };
+        EngineStats { oom, step_tokens: self.step_tokens, ..stats }
+    }
+
     fn serve(&mut self, pulse: &Pulse) -> Result<End, End> {
         let mut busy = false;
         loop {
@@ -234,8 +275,13 @@ impl Service<'_> {
             }
             pulse.step_begins();
             let mut events = Vec::new();
+            let begins = Instant::now();
             let stepped = self.engine.step(&mut events);
-            pulse.step_ends(self.engine.stats());
+            if let Ok(StepReport { n_prefill_tokens, n_decode_tokens, n_sequences: 1.., .. }) = stepped {
+                self.step_tokens.observe(n_prefill_tokens + n_decode_tokens);
+            }
+            pulse.step_ends(self.stats());
+            self.tell_begun(begins)?;
             self.tell_step(events)?;
             busy = match stepped {
                 Ok(report) => {
@@ -284,13 +330,27 @@ impl Service<'_> {
     fn submit(&mut self, request: EngineRequest) -> Result<(), End> {
         let id = request.id;
         match self.engine.submit(request) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.waiting.insert(id, Instant::now());
+                Ok(())
+            }
             Err(error) => self.tell(WorkerEvent::Refused { id, error }),
         }
     }
 
     fn tell(&self, event: WorkerEvent) -> Result<(), End> {
         self.task.host.tell(event).map_err(|HostGone| End::HostGone)
+    }
+
+    /// Tells of the requests that are no longer waiting since the step that began at `begins`.
+    fn tell_begun(&mut self, begins: Instant) -> Result<(), End> {
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
+        let scheduler = self.engine.scheduler();
+        let begun = self.waiting.extract_if(|id, _| !scheduler.is_waiting(*id));
+        let begun: Vec<_> = begun.map(|(id, came)| (id, begins.saturating_duration_since(came))).collect();
+        if begun.is_empty() { Ok(()) } else { self.tell(WorkerEvent::Begun(begun)) }
     }
 
     fn tell_step(&mut self, mut events: Vec<EngineEvent>) -> Result<(), End> {
@@ -312,6 +372,7 @@ impl Service<'_> {
         self.n_failed_steps += 1;
         if self.n_failed_steps == 1 {
             let blocks = self.engine.drop_prefix_cache();
+            self.given_up.add(Rung::DropPrefixCache, 1);
             tracing::warn!(%error, blocks, "out of memory in a step: the prefix cache is dropped");
             return Ok(true);
         }
@@ -319,6 +380,7 @@ impl Service<'_> {
             Some(id) if self.engine.scheduler().n_running() > 1 => {
                 tracing::warn!(%error, request = id.0, "out of memory in a step: a request is refused");
                 self.engine.cancel(id);
+                self.given_up.add(Rung::Refuse, 1);
                 self.refused.insert(id);
                 let error = RequestError::OutOfMemory(error.to_string());
                 self.tell(WorkerEvent::Step(vec![EngineEvent::Failed { id, error }]))?;

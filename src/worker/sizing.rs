@@ -24,9 +24,6 @@ pub enum SizingError {
         /// What there is.
         n_ctx_train: usize,
     },
-    /// No backend stores keys and values like that.
-    #[error("kv_type is {0:?}, expected f32, f16 or q8_0")]
-    KvType(KvType),
     /// The file is not what its header says.
     #[error("{0}")]
     File(String),
@@ -80,7 +77,6 @@ impl Shape {
             KvType::F32 => KvDtype::F32,
             KvType::F16 => KvDtype::F16,
             KvType::Q8_0 => KvDtype::Q8_0,
-            KvType::Bf16 => return Err(SizingError::KvType(self.kv_type)),
         };
         let max_sequences = self.max_sequences.max(1) as usize;
         Ok(RunnerLimits {
@@ -97,7 +93,7 @@ impl Shape {
 /// Bytes of KV of one sequence of the full context: with less, [`limits`] refuses.
 ///
 /// # Errors
-/// [`SizingError::Context`], [`SizingError::KvType`].
+/// [`SizingError::Context`].
 pub fn kv_min_bytes(spec: &WorkerSpec, model: &ModelSpec) -> Result<u64, SizingError> {
     Ok(kv_layout(model, &Shape::from(spec).limits_of_one(model)?).bytes())
 }

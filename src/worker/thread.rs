@@ -2,8 +2,8 @@
 //!
 //! The same main loop as in a process, over channels instead of a socket. What a thread cannot do:
 //!
-//! - It cannot be killed. [`kill`](WorkerLink::kill) makes it end at the next step boundary; a step that never ends keeps
-//!   its replica from starting again.
+//! - It cannot be killed. [`kill`](WorkerLink::kill) makes it end at the next step boundary, or while it loads after the
+//!   tensor in hand; a step or a read that never ends keeps its replica from starting again.
 //! - A GPU whose driver reports a lost device is lost to the whole process, for all its threads and all its GPUs. The worker
 //!   says so in the log and ends the *host* with status [`EXIT_SOFTWARE`] (70): whoever supervises the host starts it anew.
 

@@ -11,40 +11,44 @@ use playhouse_actors::inventory::{Device, DeviceId};
 use playhouse_actors::messages::{
     DeviceStatus, Phase, ReplicaId, ReplicaStatus, RequestCounters, RouterStatus, ServiceStatus,
 };
+use playhouse_actors::policy::ladder::RungCounts;
 use playhouse_actors::policy::outcome::WorkerEnd;
 use playhouse_actors::policy::placement::{DevicePlan, Placement, Plan};
-use playhouse_actors::{HouseEvent, HouseStatus};
+use playhouse_actors::{Drained, EventLog, HouseEvent, HouseStatus};
 use std::sync::Mutex;
 use std::time::Duration;
-use tokio::sync::{Semaphore, broadcast};
+use tokio::sync::{Notify, Semaphore};
 
 /// What the reload of a [`FakeHouse`] says of a bad file.
 pub(crate) const BAD_CONFIG: &str = "error: unknown key `adress` in [host]\n --> house.toml:2:1";
 
 pub(crate) struct FakeHouse {
     pub(crate) status: Mutex<Option<HouseStatus>>,
-    pub(crate) events: broadcast::Sender<HouseEvent>,
+    pub(crate) log: EventLog,
     /// What it was asked, in order.
     pub(crate) asked: Mutex<Vec<String>>,
     /// Whether the configuration file is bad.
     pub(crate) bad_config: bool,
     /// A drain ends when there is a permit.
     pub(crate) drained: Semaphore,
+    /// Rung by an undrain.
+    pub(crate) undrained: Notify,
 }
 
 impl FakeHouse {
     pub(crate) fn new() -> Self {
         Self {
             status: Mutex::new(Some(status())),
-            events: broadcast::channel(4096).0,
+            log: EventLog::new(),
             asked: Mutex::default(),
             bad_config: false,
             drained: Semaphore::new(1),
+            undrained: Notify::new(),
         }
     }
 
     pub(crate) fn tell(&self, event: HouseEvent) {
-        self.events.send(event).expect("the server listens");
+        self.log.add(event);
     }
 
     pub(crate) fn asked(&self) -> Vec<String> {
@@ -65,8 +69,8 @@ impl House for FakeHouse {
         devices()
     }
 
-    fn events(&self) -> broadcast::Receiver<HouseEvent> {
-        self.events.subscribe()
+    fn log(&self) -> &EventLog {
+        &self.log
     }
 
     async fn reload(&self, dry_run: bool) -> Result<Reloaded, Failure> {
@@ -86,10 +90,21 @@ impl House for FakeHouse {
         }
     }
 
-    async fn drain(&self, deadline: Option<Duration>) -> u32 {
+    async fn drain(&self, deadline: Option<Duration>) -> Drained {
         self.note(format!("drain {deadline:?}"));
-        self.drained.acquire().await.expect("never closed").forget();
-        3
+        tokio::select! {
+            permit = self.drained.acquire() => {
+                permit.expect("never closed").forget();
+                Drained::Empty { ended: 3 }
+            }
+            () = self.undrained.notified() => Drained::Undone,
+        }
+    }
+
+    async fn undrain(&self) -> Result<bool, Failure> {
+        self.note("undrain".into());
+        self.undrained.notify_waiters();
+        Ok(true)
     }
 
     fn stop(&self) {
@@ -166,6 +181,7 @@ pub(crate) fn status() -> HouseStatus {
                 quarantined: None,
                 recent_failures: 1,
                 failures: 2,
+                oom: RungCounts { refuse: 3, shrink_kv: 1, ..RungCounts::default() },
                 replicas: vec![ready, replica("phi", 0, 0, Phase::Loading)],
             },
             DeviceStatus {
@@ -173,6 +189,7 @@ pub(crate) fn status() -> HouseStatus {
                 quarantined: Some("Xid(79)".into()),
                 recent_failures: 0,
                 failures: 0,
+                oom: RungCounts::default(),
                 replicas: vec![replica("qwen", 1, 1, Phase::Quarantined)],
             },
         ],

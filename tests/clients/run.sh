@@ -25,6 +25,12 @@ cp "$here/package.json" "$here"/*.mjs "$work/"
     --exclude-path /api/events --exclude-path-regex '^/models/(un)?load$' \
     --checks status_code_conformance,content_type_conformance,response_schema_conformance \
     --max-examples "${EXAMPLES:-20}" --request-timeout 60 --phases examples,coverage,fuzzing)
+# What vLLM's boards ask for was measured meanwhile, by workers that are processes: how long requests waited, too.
+scraped=$(curl --silent --fail --header "Authorization: Bearer $key" "$url/metrics")
+for name in request_queue_time_seconds request_prefill_time_seconds request_inference_time_seconds iteration_tokens_total; do
+    echo "$scraped" | grep -q "^vllm:${name}_count{.*} [1-9]" || { echo "metrics: $name was not counted" >&2; exit 1; }
+done
+echo "ok metrics: queue, prefill and inference time were measured"
 if command -v "${CHROMIUM:-chromium}" > /dev/null; then
     (cd "$work" && node dashboard.mjs "$url" ${SHOTS:+"$SHOTS"})
 else

@@ -5,13 +5,15 @@
 
 pub(crate) mod client;
 pub(crate) mod engines;
+pub(crate) mod frames;
 
 use playhouse::backend::KvDtype;
 use playhouse::backend::cpu::CpuBackend;
-use playhouse::client::{Catalog, Client, ModelCard, open_source};
+use playhouse::client::{Catalog, Client, ModelCard};
 use playhouse::engine::{EngineOptions, LlmEngine, Runner, RunnerLimits};
-use playhouse::http::control::{BoxFuture, ConfiguredModel, Control, ControlError, EventLog};
+use playhouse::http::control::{BoxFuture, ConfiguredModel, Control, ControlError};
 use playhouse::http::{BuildInfo, Front, HttpSettings, Listeners};
+use playhouse_actors::EventLog;
 use playhouse_actors::engine::{Engine, EngineEvent, LoadPhase, LoadProgress};
 use playhouse_actors::inventory::{Device, DeviceId, Inventory, InventoryError};
 use playhouse_actors::link::{LinkError, WorkerFactory, WorkerLink};
@@ -43,7 +45,7 @@ pub(crate) type Loader = Arc<dyn Fn(&WorkerSpec) -> Result<Loaded, String> + Sen
 
 /// The real engine over the model that the worker was told to load.
 pub(crate) fn real(spec: &WorkerSpec) -> Result<Loaded, String> {
-    let file = open_source(&spec.source).map_err(|error| error.to_string())?;
+    let file = playhouse::source::open(&spec.source).map_err(|error| error.to_string())?;
     let n_ctx = spec.context.unwrap_or(256) as usize;
     let limits = RunnerLimits::new(n_ctx, spec.max_sequences as usize, KvDtype::F32);
     let runner =
@@ -131,6 +133,7 @@ fn run(
         WorkerReady { pid: None, n_ctx: loaded.n_ctx, n_vocab: loaded.n_vocab, kv_min_bytes: 1, stats: engine.stats() };
     let _ = events.blocking_send(WorkerEvent::Ready(ready));
     let (mut busy, mut out) = (false, Vec::<EngineEvent>::new());
+    let mut waiting = std::collections::HashMap::new();
     let mut beat = std::time::Instant::now();
     loop {
         if killed.load(Ordering::Relaxed) {
@@ -142,7 +145,10 @@ fn run(
             Some(WorkerCommand::Submit(request)) => {
                 let id = request.id;
                 match engine.submit(request) {
-                    Ok(()) => busy = true,
+                    Ok(()) => {
+                        waiting.insert(id, std::time::Instant::now());
+                        busy = true;
+                    }
                     Err(error) => drop(events.blocking_send(WorkerEvent::Refused { id, error })),
                 }
                 // Take in whatever else waits before the next step.
@@ -158,12 +164,22 @@ fn run(
             None => {}
         }
         if busy {
+            let begins = std::time::Instant::now();
             match engine.step(&mut out) {
                 Ok(report) => busy = report.busy,
                 Err(error) => {
                     let _ = events.blocking_send(WorkerEvent::Failed(error));
                     return WorkerEnd::Exited(1);
                 }
+            }
+            // Prompts are short here: the step that begins with a request brings its first token.
+            let begun = out.iter().filter_map(|event| match event {
+                EngineEvent::Token { id, index: 0, .. } => Some((*id, begins.duration_since(waiting.remove(id)?))),
+                _ => None,
+            });
+            let begun: Vec<_> = begun.collect();
+            if !begun.is_empty() && events.blocking_send(WorkerEvent::Begun(begun)).is_err() {
+                return WorkerEnd::Exited(0);
             }
             if !out.is_empty() && events.blocking_send(WorkerEvent::Step(std::mem::take(&mut out))).is_err() {
                 return WorkerEnd::Exited(0);
@@ -193,7 +209,6 @@ impl Inventory for NoGpus {
 pub(crate) struct TestControl {
     pub(crate) tree: HouseHandle,
     pub(crate) models: Vec<ConfiguredModel>,
-    pub(crate) log: EventLog,
     /// What was asked for.
     pub(crate) calls: Mutex<Vec<String>>,
 }
@@ -220,7 +235,7 @@ impl Control for TestControl {
     }
 
     fn events(&self) -> &EventLog {
-        &self.log
+        self.tree.log()
     }
 }
 
@@ -326,13 +341,12 @@ impl Setup {
             seed: 1,
         };
         let (tree, _) = HouseHandle::start(args).await.expect("the tree starts");
-        let log = EventLog::record(tree.listen());
         let catalog = Arc::new(arc_swap::ArcSwap::from_pointee(Catalog::new(cards)));
         let client = Client::new(tree.clone(), catalog);
         let configured =
             |model: &Model| ConfiguredModel { name: model.name.clone(), aliases: model.aliases.clone(), wanted: true };
         let models = self.config.models.iter().map(configured).collect();
-        let control = Arc::new(TestControl { tree, models, log, calls: Mutex::default() });
+        let control = Arc::new(TestControl { tree, models, calls: Mutex::default() });
         let listener = TcpListener::bind(self.listen).await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let stop = CancellationToken::new();

@@ -23,6 +23,84 @@ pub enum Rung {
     Quarantine,
 }
 
+impl Rung {
+    /// All of them, in order.
+    pub const ALL: [Self; 5] = [Self::DropPrefixCache, Self::Preempt, Self::Refuse, Self::ShrinkKv, Self::Quarantine];
+
+    /// One word, for labels.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DropPrefixCache => "drop_prefix_cache",
+            Self::Preempt => "preempt",
+            Self::Refuse => "refuse",
+            Self::ShrinkKv => "shrink_kv",
+            Self::Quarantine => "quarantine",
+        }
+    }
+
+    /// What was done, for people.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::DropPrefixCache => "prefix cache dropped",
+            Self::Preempt => "preempted",
+            Self::Refuse => "request refused",
+            Self::ShrinkKv => "started again with less KV",
+            Self::Quarantine => "given up",
+        }
+    }
+}
+
+/// How often each rung was taken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RungCounts {
+    /// [`Rung::DropPrefixCache`].
+    pub drop_prefix_cache: u64,
+    /// [`Rung::Preempt`].
+    pub preempt: u64,
+    /// [`Rung::Refuse`].
+    pub refuse: u64,
+    /// [`Rung::ShrinkKv`].
+    pub shrink_kv: u64,
+    /// [`Rung::Quarantine`].
+    pub quarantine: u64,
+}
+
+impl RungCounts {
+    fn of(&mut self, rung: Rung) -> &mut u64 {
+        match rung {
+            Rung::DropPrefixCache => &mut self.drop_prefix_cache,
+            Rung::Preempt => &mut self.preempt,
+            Rung::Refuse => &mut self.refuse,
+            Rung::ShrinkKv => &mut self.shrink_kv,
+            Rung::Quarantine => &mut self.quarantine,
+        }
+    }
+
+    /// How often this one was.
+    pub fn get(mut self, rung: Rung) -> u64 {
+        *self.of(rung)
+    }
+
+    /// It was taken so many times more.
+    pub fn add(&mut self, rung: Rung, times: u64) {
+        let count = self.of(rung);
+        *count = count.saturating_add(times);
+    }
+
+    /// Those that were taken, the least drastic first.
+    pub fn taken(self) -> impl Iterator<Item = (Rung, u64)> {
+        Rung::ALL.into_iter().map(move |rung| (rung, self.get(rung))).filter(|(_, times)| *times > 0)
+    }
+
+    /// What was added since `before`, of the same worker.
+    #[must_use]
+    pub fn since(self, before: Self) -> Self {
+        let mut since = Self::default();
+        Rung::ALL.into_iter().for_each(|rung| since.add(rung, self.get(rung).saturating_sub(before.get(rung))));
+        since
+    }
+}
+
 /// What a placement does about a worker that ran out of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
@@ -61,6 +139,19 @@ mod tests {
         assert_eq!(next(1000, 900, 600, 100), Step::Shrink { kv_bytes: 900 }, "never less than one sequence needs");
         assert_eq!(next(100, 100, 10, 5), Step::Quarantine);
         assert_eq!(next(0, 0, 10, 5), Step::Quarantine);
+    }
+
+    #[test]
+    fn counts_add_up_and_show_what_is_new() {
+        let mut counts = RungCounts::default();
+        counts.add(Rung::Refuse, 2);
+        let before = counts;
+        counts.add(Rung::DropPrefixCache, 1);
+        counts.add(Rung::Refuse, 1);
+        let taken: Vec<_> = counts.taken().collect();
+        assert_eq!(taken, [(Rung::DropPrefixCache, 1), (Rung::Refuse, 3)]);
+        let new: Vec<_> = counts.since(before).taken().collect();
+        assert_eq!(new, [(Rung::DropPrefixCache, 1), (Rung::Refuse, 1)]);
     }
 
     proptest! {

@@ -5,6 +5,7 @@ use crate::engine::{
     Engine, EngineError, EngineEvent, EngineRequest, EngineStats, FinishReason, RequestError, RequestId, StepReport,
     Task, Usage,
 };
+use crate::policy::ladder::RungCounts;
 use crate::policy::mix;
 use std::collections::BTreeSet;
 
@@ -177,6 +178,7 @@ impl Engine for SimEngine {
             waiting: count(self.waiting.len()),
             queued_tokens: self.waiting.iter().map(|request| u64::from(n_tokens(request))).sum(),
             kv_blocks_used: self.blocks_used(),
+            oom: RungCounts { preempt: self.stats.preemptions, ..RungCounts::default() },
             ..self.stats
         }
     }

@@ -68,6 +68,7 @@ fn sample(seconds: u64) -> Sample {
         quarantined: None,
         recent_failures: 0,
         failures: 0,
+        oom: Default::default(),
         replicas,
     };
     let service = |model: &str, ready, replicas| ServiceStatus {

@@ -1,10 +1,8 @@
 //! Asks a running host over its admin socket. Blocking, with timeouts: what commands need.
 
-use super::protocol::{
-    ANSWER_BYTES_MAX, Answer, Failure, HostInfo, Outcome, Reloaded, Reply, Request, Restarted, Stamped,
-};
-use playhouse_actors::HouseStatus;
+use super::protocol::{ANSWER_BYTES_MAX, Answer, Failure, HostInfo, Outcome, Reloaded, Reply, Request, Restarted};
 use playhouse_actors::inventory::Device;
+use playhouse_actors::{Drained, HouseStatus, Stamped};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -124,15 +122,27 @@ impl Client {
         }
     }
 
-    /// Has the host take no more requests; waits until none is open. How many had to be ended.
+    /// Has the host take no more requests; waits until none is open, or somebody takes the drain back.
     ///
     /// # Errors
     /// [`ClientError`].
-    pub fn drain(&mut self, timeout: Option<Duration>) -> Result<u32, ClientError> {
+    pub fn drain(&mut self, timeout: Option<Duration>) -> Result<Drained, ClientError> {
         self.be_patient()?;
         let timeout_ms = timeout.map(|timeout| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
         match self.ask(&Request::Drain { timeout_ms })? {
-            Answer::Drained { ended } => Ok(ended),
+            Answer::Drained { ended } => Ok(Drained::Empty { ended }),
+            Answer::Undrained { .. } => Ok(Drained::Undone),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// Has the host take requests again. Whether it refused them.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn undrain(&mut self) -> Result<bool, ClientError> {
+        match self.ask(&Request::Undrain {})? {
+            Answer::Undrained { was_draining } => Ok(was_draining),
             other => Err(self.unexpected(&other)),
         }
     }

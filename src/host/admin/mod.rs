@@ -14,21 +14,20 @@
 pub mod protocol;
 pub mod path;
 pub mod socket;
-mod log;
 pub mod server;
 pub mod client;
 
 pub use client::{Client, ClientError};
 pub use path::usual_path;
-pub use protocol::{Answer, Failure, FailureKind, HostInfo, Reloaded, Request, Restarted, Stamped};
+pub use playhouse_actors::Stamped;
+pub use protocol::{Answer, Failure, FailureKind, HostInfo, Reloaded, Request, Restarted};
 pub use server::{AdminServer, Options};
 pub use socket::SocketError;
 
 use playhouse_actors::inventory::Device;
-use playhouse_actors::{HouseEvent, HouseStatus};
+use playhouse_actors::{Drained, EventLog, HouseStatus};
 use std::future::Future;
 use std::time::Duration;
-use tokio::sync::broadcast;
 
 /// What the admin socket needs of a running host.
 pub trait House: Send + Sync + 'static {
@@ -38,15 +37,16 @@ pub trait House: Send + Sync + 'static {
     /// The devices now; empty where there are none or the tree has ended.
     fn devices(&self) -> impl Future<Output = Vec<Device>> + Send;
 
-    /// News from now on.
-    fn events(&self) -> broadcast::Receiver<HouseEvent>;
+    /// What happened since its start.
+    fn log(&self) -> &EventLog;
 
     /// Reads the configuration file again and goes over to it, or only says what that would do. A file that is not right
     /// changes nothing.
     ///
     /// # Errors
     /// [`FailureKind::BadConfig`] with the diagnostics as the configuration's own crate renders them,
-    /// [`FailureKind::DoesNotFit`], [`FailureKind::NotPossible`] where the host has no file, [`FailureKind::Ended`].
+    /// [`FailureKind::BadModel`], [`FailureKind::NoModelFile`], [`FailureKind::DoesNotFit`], [`FailureKind::NoDevices`], [`FailureKind::NotPossible`]
+    /// where the host has no file, [`FailureKind::Ended`].
     fn reload(&self, dry_run: bool) -> impl Future<Output = Result<Reloaded, Failure>> + Send;
 
     /// Ends the workers of a model (by name or alias) or of a device (by UUID, PCI bus id or index) and starts others; a
@@ -57,8 +57,14 @@ pub trait House: Send + Sync + 'static {
     fn restart(&self, target: &str) -> impl Future<Output = Result<Restarted, Failure>> + Send;
 
     /// Takes no more requests and waits until the open ones have ended, or ends them when the time is up; without a time,
-    /// the configured one. How many had to be ended. The host goes on, and takes no requests, until it is stopped.
-    fn drain(&self, deadline: Option<Duration>) -> impl Future<Output = u32> + Send;
+    /// the configured one. The host goes on, and takes no requests, until it is stopped or the drain is taken back.
+    fn drain(&self, deadline: Option<Duration>) -> impl Future<Output = Drained> + Send;
+
+    /// Takes requests again after a drain, or in the middle of one. Whether there was one.
+    ///
+    /// # Errors
+    /// [`FailureKind::Ended`] if the host was told to stop.
+    fn undrain(&self) -> impl Future<Output = Result<bool, Failure>> + Send;
 
     /// Asks the host to end as SIGTERM does, and returns at once.
     fn stop(&self);

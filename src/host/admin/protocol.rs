@@ -11,10 +11,9 @@
 use playhouse_actors::house::Applied;
 use playhouse_actors::inventory::{Device, DeviceId};
 use playhouse_actors::policy::placement::Plan;
-use playhouse_actors::{HouseEvent, HouseStatus};
+use playhouse_actors::{HouseStatus, Stamped};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::time::{Duration, SystemTime};
 
 /// Version of the protocol. A host answers its own version only: the commands are part of the same binary.
 pub const VERSION: u32 = 1;
@@ -45,6 +44,8 @@ pub enum Request {
         #[serde(default)]
         timeout_ms: Option<u64>,
     },
+    /// Take requests again.
+    Undrain {},
     /// Restart a model or a device.
     Restart {
         /// Name or alias of a model; UUID, PCI bus id or index of a device.
@@ -61,7 +62,7 @@ pub enum Request {
 }
 
 /// The commands, for messages; the tags of [`Request`].
-const COMMANDS: &[&str] = &["status", "devices", "reload", "drain", "restart", "events", "stop"];
+const COMMANDS: &[&str] = &["status", "devices", "reload", "drain", "undrain", "restart", "events", "stop"];
 
 impl Request {
     /// The line that asks this, with its line break.
@@ -162,6 +163,11 @@ pub enum Answer {
         /// Streams that had to be ended.
         ended: u32,
     },
+    /// To `undrain`; and to a `drain` that was taken back before it was over.
+    Undrained {
+        /// Whether requests were refused.
+        was_draining: bool,
+    },
     /// To `restart`.
     Restarted(Restarted),
     /// To `events`: one of them.
@@ -219,26 +225,6 @@ pub enum Restarted {
     },
 }
 
-/// An event with the time it was heard of.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Stamped {
-    /// Counts the events of a host from 0.
-    pub number: u64,
-    /// Milliseconds since 1970, UTC.
-    pub unix_ms: u64,
-    /// What happened.
-    #[serde(flatten)]
-    pub event: HouseEvent,
-}
-
-impl Stamped {
-    /// An event that is heard of now.
-    pub(super) fn now(number: u64, event: HouseEvent) -> Self {
-        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
-        Self { number, unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX), event }
-    }
-}
-
 /// Why the host did not do what it was asked to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
@@ -258,6 +244,11 @@ impl Failure {
     /// The tree has ended.
     pub fn ended() -> Self {
         Self::new(FailureKind::Ended, "the supervision tree has ended")
+    }
+
+    /// The host was told to stop.
+    pub fn stopping() -> Self {
+        Self::new(FailureKind::Ended, "the host is stopping")
     }
 }
 
@@ -281,13 +272,19 @@ pub enum FailureKind {
     Busy,
     /// The configuration file is not right; nothing was changed.
     BadConfig,
+    /// A model's file is damaged or not supported; nothing was changed.
+    BadModel,
+    /// A model's file is missing or may not be read; nothing was changed.
+    NoModelFile,
+    /// The devices cannot be listed; nothing was changed.
+    NoDevices,
     /// The configuration is right and does not fit the devices; nothing was changed.
     DoesNotFit,
     /// There is no such model or device.
     NoSuchTarget,
     /// This host cannot do that, such as reload without a file.
     NotPossible,
-    /// The supervision tree has ended.
+    /// The supervision tree has ended, or the host is stopping.
     Ended,
     /// The host is at fault.
     Internal,
@@ -308,6 +305,7 @@ mod tests {
             Request::Devices {},
             Request::Reload { dry_run: true },
             Request::Drain { timeout_ms: Some(1500) },
+            Request::Undrain {},
             Request::Restart { target: "qwen".into() },
             Request::Events { follow: true },
             Request::Stop {},
@@ -339,6 +337,7 @@ mod tests {
 
     #[test]
     fn replies_survive_the_wire() {
+        use playhouse_actors::HouseEvent;
         let event = HouseEvent::Released { device: DeviceId::gpu("GPU-1") };
         let replies = [
             Reply::new(Ok(Answer::Drained { ended: 3 })),

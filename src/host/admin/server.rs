@@ -1,4 +1,4 @@
-//! Answers on the admin socket. Owns: the socket, a task per client, the log of events. Never: the tree.
+//! Answers on the admin socket. Owns: the socket, a task per client. Never: the tree.
 //!
 //! ```text
 //! [Listening] --connection--> who is it? --stranger, or too many--> one error line, closed
@@ -10,9 +10,9 @@
 //! Each client is a task with timeouts of its own: one that neither reads nor writes costs a task and nothing else.
 
 use super::House;
-use super::log::EventLog;
 use super::protocol::{Answer, Failure, FailureKind, HostInfo, REQUEST_BYTES_MAX, Reply, Request};
 use super::socket::{BoundSocket, SocketError};
+use playhouse_actors::Drained;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -49,7 +49,6 @@ impl Default for Options {
 pub struct AdminServer {
     socket: BoundSocket,
     accepting: JoinHandle<()>,
-    keeping: JoinHandle<()>,
 }
 
 impl AdminServer {
@@ -62,10 +61,8 @@ impl AdminServer {
         let failed = |source| SocketError::Io { path: path.to_owned(), what: "the runtime cannot use it", source };
         let taken = socket.take_listener().ok_or_else(|| failed(io::Error::other("taken before")))?;
         let listener = UnixListener::from_std(taken).map_err(failed)?;
-        let log = EventLog::new();
-        let keeping = tokio::spawn(log.clone().keep(house.events()));
-        let accepting = tokio::spawn(accept(listener, Server { house, log, options }));
-        Ok(Self { socket, accepting, keeping })
+        let accepting = tokio::spawn(accept(listener, Server { house, options }));
+        Ok(Self { socket, accepting })
     }
 
     /// Where it answers.
@@ -77,7 +74,6 @@ impl AdminServer {
 impl Drop for AdminServer {
     fn drop(&mut self) {
         self.accepting.abort();
-        self.keeping.abort();
     }
 }
 
@@ -128,13 +124,12 @@ fn send_away(stream: UnixStream, kind: FailureKind, message: &str) {
 
 struct Server<H> {
     house: Arc<H>,
-    log: EventLog,
     options: Options,
 }
 
 impl<H> Clone for Server<H> {
     fn clone(&self) -> Self {
-        Self { house: self.house.clone(), log: self.log.clone(), options: self.options }
+        Self { house: self.house.clone(), options: self.options }
     }
 }
 
@@ -198,7 +193,7 @@ impl<H: House> Client<H> {
     }
 
     async fn events(&mut self, follow: bool) -> Result<(), Over> {
-        let (kept, mut news) = self.server.log.read();
+        let (kept, mut news) = self.server.house.log().read();
         for stamped in kept {
             self.write(Ok(Answer::Event(stamped))).await?;
         }
@@ -234,8 +229,14 @@ impl<H: House> Server<H> {
             }
             Request::Drain { timeout_ms } => {
                 tracing::info!(timeout_ms, "the admin socket asks for a drain");
-                let ended = self.house.drain(timeout_ms.map(Duration::from_millis)).await;
-                Ok(Answer::Drained { ended })
+                Ok(match self.house.drain(timeout_ms.map(Duration::from_millis)).await {
+                    Drained::Empty { ended } => Answer::Drained { ended },
+                    Drained::Undone => Answer::Undrained { was_draining: true },
+                })
+            }
+            Request::Undrain {} => {
+                tracing::info!("the admin socket asks for the end of a drain");
+                Ok(Answer::Undrained { was_draining: self.house.undrain().await? })
             }
             Request::Restart { target } => {
                 tracing::info!(target_name = target, "the admin socket asks for a restart");

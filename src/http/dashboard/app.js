@@ -131,27 +131,69 @@ function endText(end) {
   return `${kind.replaceAll("_", " ")} ${shown}`;
 }
 
+const many = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
+
+/** Tokens a second of each replica, from one picture to the next. */
+const speeds = new Map();
+function speedOf(replica) {
+  const name = `${replica.replica.model}/${replica.replica.index}/${replica.incarnation}`;
+  const now = { at: performance.now(), tokens: replica.stats.decode_tokens };
+  const before = speeds.get(name);
+  if (!before) {
+    speeds.set(name, { ...now, rate: 0 });
+    return 0;
+  }
+  if (now.at - before.at < 500) return before.rate;
+  const rate = (1000 * (now.tokens - before.tokens)) / (now.at - before.at);
+  speeds.set(name, { ...now, rate });
+  return rate;
+}
+
+/** How full something is, as a thin bar. */
+function meterView(used, total, label) {
+  return el("meter", { min: 0, max: total, value: used, title: label, "aria-label": label });
+}
+
 function replicaView(replica) {
   const facts = [];
-  const restarts = replica.incarnation - 1;
-  facts.push(restarts === 1 ? "1 restart" : `${Math.max(restarts, 0)} restarts`);
+  facts.push(many(Math.max(replica.incarnation - 1, 0), "restart"));
   if (replica.pid) facts.push(`pid ${replica.pid}`);
   const last = endText(replica.last_end);
   if (last) facts.push(`last end: ${last}`);
-  facts.push(replica.running === 1 ? "1 stream" : `${replica.running} streams`);
+  facts.push(many(replica.running, "stream"));
   const stats = replica.stats;
+  let kv = null;
+  if (stats) {
+    if (stats.waiting) facts.push(`${stats.waiting} waiting, ${stats.queued_tokens} tokens of them`);
+    facts.push(`${speedOf(replica).toFixed(0)} tokens/s`, many(stats.decode_tokens, "token"));
+    if (stats.preemptions) facts.push(many(stats.preemptions, "preemption"));
+  }
   if (stats?.kv_blocks_total) {
     const used = stats.kv_blocks_used - stats.kv_blocks_cached;
-    facts.push(`KV ${used}/${stats.kv_blocks_total} blocks, ${stats.kv_blocks_cached} cached`);
+    const label = `KV ${used}/${stats.kv_blocks_total} blocks, ${stats.kv_blocks_cached} cached`;
+    facts.push(label);
+    kv = meterView(used, stats.kv_blocks_total, label);
   }
-  if (stats) facts.push(`${stats.decode_tokens} tokens`);
   if (replica.phase === "loading" && replica.progress?.bytes_total) {
     facts.push(`${Math.round((100 * replica.progress.bytes_done) / replica.progress.bytes_total)} % loaded`);
   }
-  return el("div", { class: "replica", "data-replica": `${replica.replica.model}/${replica.replica.index}` },
+  const name = `${replica.replica.model}/${replica.replica.index}`;
+  return el("li", { class: "replica", "data-replica": name },
     el("span", { class: `state ${replica.phase}`, text: replica.phase }),
-    el("div", {}, el("strong", { text: `${replica.replica.model}/${replica.replica.index}` }),
-      el("div", { class: "dim", text: facts.join(" · ") })));
+    el("div", {}, el("strong", { text: name }), el("div", { class: "dim", text: facts.join(" · ") }), kv));
+}
+
+/** The actor beside the devices: who has which request. */
+function routerView(router) {
+  const state = !router ? "down" : router.draining ? "stopping" : "ready";
+  const { accepted, refused, completed, failed, cancelled, resumed, poisoned } = router?.requests ?? {};
+  const facts = router
+    ? [`${accepted} accepted`, `${refused} refused`, `${completed} done`, `${failed} failed`, `${cancelled} cancelled`,
+      `${resumed} resumed`, `${poisoned} poisoned`, router.draining ? "draining" : null]
+    : ["restarting; what is in flight goes on"];
+  return el("article", { class: "device" }, el("ul", {}, el("li", { class: "replica", "data-actor": "router" },
+    el("span", { class: `state ${state}`, text: state }),
+    el("div", {}, el("strong", { text: "router" }), el("div", { class: "dim", text: facts.filter(Boolean).join(" · ") })))));
 }
 
 function deviceView(device, card, memory) {
@@ -160,13 +202,16 @@ function deviceView(device, card, memory) {
   if (card?.temperature_c != null) facts.push(`${card.temperature_c} °C`);
   if (card?.power_mw != null) facts.push(`${Math.round(card.power_mw / 1000)} W`);
   if (card?.throttle_reasons?.length) facts.push(`throttled: ${card.throttle_reasons.join(", ")}`);
-  if (device.failures) facts.push(`${device.failures} failures`);
+  if (card?.ecc?.uncorrected) facts.push(many(card.ecc.uncorrected, "memory error"));
+  if (device.failures) facts.push(many(device.failures, "failure"));
+  const rungs = Object.entries(device.oom ?? {}).filter(([, times]) => times > 0);
+  if (rungs.length) facts.push(`out of memory: ${rungs.map(([rung, times]) => `${rung.replaceAll("_", " ")} ${times}`).join(", ")}`);
   if (device.quarantined) facts.push(`quarantined: ${device.quarantined}`);
   return el("article", { class: "device", "data-device": device.device },
     el("h3", { text: card?.name || (device.device === "cpu" ? "CPU" : "GPU") }),
     el("div", { class: device.quarantined ? "failed" : "dim", text: [device.device, ...facts].join(" · ") }),
     memory ? memoryBar(memory) : null,
-    ...device.replicas.map(replicaView));
+    el("ul", { "aria-label": "Replicas" }, ...device.replicas.map(replicaView)));
 }
 
 function showPicture(picture) {
@@ -185,7 +230,7 @@ function showPicture(picture) {
       views.push(deviceView(idle, card, free));
     }
   }
-  $("tree").replaceChildren(...views);
+  $("tree").replaceChildren(routerView(house.router), ...views);
   const services = new Map((house.router?.services ?? []).map((service) => [service.model, service]));
   let open = 0;
   let speed = 0;
@@ -201,6 +246,7 @@ function showPicture(picture) {
       el("td", { text: service ? `${service.ready}/${service.replicas}` : "0" }),
       el("td", { text: service?.open_requests ?? 0 }),
       el("td", { text: service?.waiting ?? 0 }),
+      el("td", { text: service?.open_tokens ?? 0 }),
       el("td", { text: rate.toFixed(0) }));
   });
   document.querySelector("#models tbody").replaceChildren(...rows);
@@ -226,7 +272,7 @@ function duration(total) {
 const LOG_MAX = 300;
 
 function eventText(entry) {
-  const { number, at_ms, event, ...rest } = entry;
+  const { number, unix_ms, event, ...rest } = entry;
   const shown = Object.entries(rest).map(([name, value]) => {
     if (name === "replica") return `${value.model}/${value.index}`;
     if (name === "end") return endText(value);
@@ -237,7 +283,7 @@ function eventText(entry) {
 }
 
 function eventView(entry) {
-  const time = new Date(entry.at_ms);
+  const time = new Date(entry.unix_ms);
   return el("li", { "data-event": entry.event },
     el("time", { datetime: time.toISOString(), text: time.toLocaleTimeString() }), eventText(entry));
 }

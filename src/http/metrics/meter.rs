@@ -16,6 +16,8 @@ pub(in crate::http) struct RequestMeter {
     generated: Counter,
     open: Gauge,
     start: Instant,
+    /// When an engine began with it, as far as is known, and when its first token came.
+    begun: Option<Instant>,
     first: Option<Instant>,
     /// By choice: when its last token came, and whether it has ended.
     choices: Vec<(Option<Instant>, bool)>,
@@ -43,6 +45,7 @@ impl RequestMeter {
             labels,
             open,
             start: Instant::now(),
+            begun: None,
             first: None,
             choices: vec![(None, false); n as usize],
             longest: 0,
@@ -64,7 +67,7 @@ impl RequestMeter {
     /// Something came of it.
     pub(in crate::http) fn event(&mut self, event: &Event) {
         match event {
-            Event::Token(token) => self.token(token.choice as usize),
+            Event::Token(token) => self.token(token.choice as usize, token.begun),
             Event::End(end) => {
                 let reason = match end.outcome {
                     Outcome::Stop { .. } => "stop",
@@ -77,12 +80,12 @@ impl RequestMeter {
         }
     }
 
-    fn token(&mut self, choice: usize) {
+    fn token(&mut self, choice: usize, begun: Option<Instant>) {
         let now = Instant::now();
         if self.first.is_none() {
             self.first = Some(now);
             self.ttft.observe((now - self.start).as_secs_f64());
-            self.families.prefill.get_or_create(&self.labels).observe((now - self.start).as_secs_f64());
+            self.begun(begun, now);
         }
         if let Some((last, _)) = self.choices.get_mut(choice)
             && let Some(last) = last.replace(now)
@@ -93,6 +96,15 @@ impl RequestMeter {
         if self.pending_tokens >= BUNCH {
             self.generated.inc_by(std::mem::take(&mut self.pending_tokens));
         }
+    }
+
+    /// Of several texts the one whose token came first counts.
+    fn begun(&mut self, begun: Option<Instant>, first: Instant) {
+        // Clocks of two processes met in this instant: it may lie a moment outside of what is possible.
+        let Some(begun) = begun.map(|begun| begun.clamp(self.start, first)) else { return };
+        self.begun = Some(begun);
+        self.families.queue.get_or_create(&self.labels).observe((begun - self.start).as_secs_f64());
+        self.families.prefill.get_or_create(&self.labels).observe((first - begun).as_secs_f64());
     }
 
     fn end(&mut self, choice: usize, n_tokens: u32, reason: &'static str) {
@@ -107,6 +119,9 @@ impl RequestMeter {
             let now = Instant::now();
             self.families.e2e.get_or_create(&self.labels).observe((now - self.start).as_secs_f64());
             self.families.generation_tokens_longest.get_or_create(&self.labels).observe(f64::from(self.longest));
+            if let Some(begun) = self.begun {
+                self.families.inference.get_or_create(&self.labels).observe((now - begun).as_secs_f64());
+            }
             if let Some(first) = self.first {
                 self.families.decode.get_or_create(&self.labels).observe((now - first).as_secs_f64());
             }

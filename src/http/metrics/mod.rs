@@ -6,6 +6,7 @@
 
 mod meter;
 mod scrape;
+mod of_models;
 
 pub(super) use meter::RequestMeter;
 pub(super) use scrape::scrape;
@@ -94,7 +95,9 @@ struct ModelFamilies {
     ttft: HistogramFamily<ModelLabels>,
     gap: HistogramFamily<ModelLabels>,
     e2e: HistogramFamily<ModelLabels>,
+    queue: HistogramFamily<ModelLabels>,
     prefill: HistogramFamily<ModelLabels>,
+    inference: HistogramFamily<ModelLabels>,
     decode: HistogramFamily<ModelLabels>,
     prompt_tokens_each: HistogramFamily<ModelLabels>,
     generation_tokens_each: HistogramFamily<ModelLabels>,
@@ -146,7 +149,9 @@ impl ModelFamilies {
             ttft: histogram!(TTFT),
             gap: histogram!(GAP),
             e2e: histogram!(LATENCY),
+            queue: histogram!(LATENCY),
             prefill: histogram!(LATENCY),
+            inference: histogram!(LATENCY),
             decode: histogram!(LATENCY),
             prompt_tokens_each: histogram!(TOKENS),
             generation_tokens_each: histogram!(TOKENS),
@@ -165,13 +170,22 @@ impl ModelFamilies {
             put("time_to_first_token_seconds", "From a request to its first token", &this.ttft);
             put("inter_token_latency_seconds", "From one token of a text to the next", &this.gap);
             put("e2e_request_latency_seconds", "From a request to its end", &this.e2e);
-            put("request_prefill_time_seconds", "From a request to its first token, waiting included", &this.prefill);
+            put("request_queue_time_seconds", "From a request to the step that began with it", &this.queue);
+            put("request_prefill_time_seconds", "From that step to the first token", &this.prefill);
             put("request_decode_time_seconds", "From a request's first token to its last", &this.decode);
-            put("request_inference_time_seconds", "From a request to its last token", &this.e2e);
+            put(
+                "request_inference_time_seconds",
+                "From the step that began with it to its last token",
+                &this.inference,
+            );
             put("request_prompt_tokens", "Prompt tokens of a request", &this.prompt_tokens_each);
             put("request_generation_tokens", "Tokens of a text", &this.generation_tokens_each);
             let help = "Tokens of the longest text of a request";
             put("request_max_num_generation_tokens", help, &this.generation_tokens_longest);
+            if prefix == "vllm:" {
+                // What it was called before; boards of those days ask for it.
+                put("time_per_output_token_seconds", "From one token of a text to the next", &this.gap);
+            }
             put("request_params_n", "Texts asked for", &this.n);
             put("request_params_max_tokens", "Most tokens asked for", &this.max_tokens);
             let help = "Prompt tokens of requests that were accepted";

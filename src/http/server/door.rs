@@ -138,8 +138,16 @@ impl Door {
         let evict = Arc::new(Notify::new());
         seats.waiting.insert(number, Waiting { evict: evict.clone(), ip });
         drop(seats);
-        let state =
-            State { phase: Phase::Head, since: Instant::now(), number, n_busy: 0, is_h2: false, has_place: true };
+        let state = State {
+            phase: Phase::Head,
+            since: Instant::now(),
+            number,
+            n_busy: 0,
+            is_h2: false,
+            has_begun: false,
+            is_cut: false,
+            has_place: true,
+        };
         let clocks = Mutex::default();
         Ok(Arc::new(Conn { seats: self.seats.clone(), evict, ip, state: Mutex::new(state), clocks }))
     }
@@ -168,6 +176,9 @@ struct State {
     number: u64,
     n_busy: u32,
     is_h2: bool,
+    /// Part of a request's headers came.
+    has_begun: bool,
+    is_cut: bool,
     /// False once another connection was given the place.
     has_place: bool,
 }
@@ -192,6 +203,7 @@ impl Conn {
     /// Bytes came in.
     pub(super) fn heard(&self) {
         let mut state = lock(&self.state);
+        state.has_begun |= state.phase != Phase::Busy;
         // What an HTTP/2 client sends between requests need not be the beginning of one.
         if state.phase == Phase::Idle && !state.is_h2 {
             (state.phase, state.since) = (Phase::Head, Instant::now());
@@ -202,6 +214,7 @@ impl Conn {
     pub(super) fn begin(self: &Arc<Self>, is_h2: bool) -> InFlight {
         let mut state = lock(&self.state);
         state.is_h2 = is_h2;
+        state.has_begun = false;
         state.n_busy += 1;
         if state.n_busy == 1 {
             state.phase = Phase::Busy;
@@ -227,6 +240,17 @@ impl Conn {
             }
             (state.phase, state.since) = (Phase::Idle, Instant::now());
         }
+    }
+
+    /// It is about to be closed, although its client did nothing wrong but to wait.
+    pub(super) fn cut(&self) {
+        lock(&self.state).is_cut = true;
+    }
+
+    /// Whether it was cut when it had said part of a request.
+    pub(super) fn is_cut_short(&self) -> bool {
+        let state = lock(&self.state);
+        state.is_cut && state.has_begun && state.phase == Phase::Head && !state.is_h2
     }
 
     /// When to look again; `None` if the connection is overdue.

@@ -1,4 +1,5 @@
-//! A socket that tells when bytes come in, and fails when none can be written for too long.
+//! A socket that tells when bytes come in, fails when none can be written for too long, and says why when it is closed on
+//! half a request.
 
 use super::door::Conn;
 use std::io;
@@ -7,6 +8,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep};
 
 /// See the module.
@@ -16,11 +18,36 @@ pub(super) struct GuardedIo<S> {
     patience: Duration,
     /// Runs while the other side takes nothing.
     stall: Option<Pin<Box<Sleep>>>,
+    farewell: Option<fn(&S)>,
+}
+
+/// For a client whose headers did not come in time, or whose place somebody else needed before they had.
+const TOO_SLOW: &[u8] = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+/// What HTTP/2 begins with. Its clients would take the words above for a broken frame.
+const H2: &[u8] = b"PRI ";
+
+impl GuardedIo<TcpStream> {
+    /// Over a connection without TLS: a client that is cut in the middle of its headers is told so.
+    pub(super) fn plain(inner: TcpStream, conn: Arc<Conn>, patience: Duration) -> Self {
+        // A courtesy: whoever cannot take it at once does not get it.
+        let farewell: fn(&TcpStream) = |socket| drop(socket.try_write(TOO_SLOW));
+        let mut io = Self::new(inner, conn, patience);
+        io.farewell = Some(farewell);
+        io
+    }
+}
+
+impl<S> Drop for GuardedIo<S> {
+    fn drop(&mut self) {
+        if let Some(farewell) = self.farewell.filter(|_| self.conn.is_cut_short()) {
+            farewell(&self.inner);
+        }
+    }
 }
 
 impl<S> GuardedIo<S> {
     pub(super) fn new(inner: S, conn: Arc<Conn>, patience: Duration) -> Self {
-        Self { inner, conn, patience, stall: None }
+        Self { inner, conn, patience, stall: None, farewell: None }
     }
 
     fn judge<T>(&mut self, cx: &mut Context<'_>, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -43,6 +70,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for GuardedIo<S> {
         let polled = Pin::new(&mut self.inner).poll_read(cx, buf);
         if buf.filled().len() > before {
             self.conn.heard();
+            if buf.filled()[before..].starts_with(H2) {
+                self.farewell = None;
+            }
         }
         polled
     }

@@ -23,7 +23,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -90,22 +90,18 @@ pub(super) async fn serve_tcp(app: App, listener: TcpListener, stop: Cancellatio
                 continue;
             }
         };
-        let (server, tls) = (server.clone(), tls.clone());
-        tasks.spawn(async move {
-            let io = GuardedIo::new(socket, conn.clone(), server.app.settings.limits.client_timeout);
-            match tls {
-                None => server.drive(io, conn, Peer::Tcp(peer)).await,
-                Some(tls) => {
-                    let patience = server.app.settings.limits.header_timeout;
-                    let handshake = tokio::time::timeout(patience, tls.accept(io));
-                    let evicted = conn.evicted();
-                    let io = tokio::select! { io = handshake => io, () = evicted => return };
-                    if let Ok(Ok(io)) = io {
-                        server.drive(io, conn, Peer::Tcp(peer)).await;
-                    }
-                }
+        let patience = server.app.settings.limits.client_timeout;
+        // Two tasks, not one for both cases: thousands of plain connections need no room for TLS.
+        match tls.clone() {
+            None => {
+                let io = GuardedIo::plain(socket, conn.clone(), patience);
+                tasks.spawn(server.clone().drive(io, conn, Peer::Tcp(peer)))
             }
-        });
+            Some(tls) => {
+                let io = GuardedIo::new(socket, conn.clone(), patience);
+                tasks.spawn(server.clone().drive_tls(tls, io, conn, Peer::Tcp(peer)))
+            }
+        };
     }
     drop(listener);
     server.drain(tasks).await;
@@ -193,6 +189,15 @@ impl Server {
         Self { router: routes::router(&app), app, door, http, stop }
     }
 
+    /// Drives one connection to its end, after its handshake.
+    async fn drive_tls(self, tls: tls::Tls, io: GuardedIo<TcpStream>, conn: Arc<Conn>, peer: Peer) {
+        let handshake = tokio::time::timeout(self.app.settings.limits.header_timeout, tls.accept(io));
+        let io = tokio::select! { io = handshake => io, () = conn.evicted() => return };
+        if let Ok(Ok(io)) = io {
+            self.drive(io, conn, peer).await;
+        }
+    }
+
     /// Drives one connection to its end.
     async fn drive<S>(self, io: S, conn: Arc<Conn>, peer: Peer)
     where
@@ -222,7 +227,7 @@ impl Server {
                     }
                     return;
                 }
-                () = conn.evicted() => return,
+                () = conn.evicted() => return conn.cut(),
                 () = self.stop.cancelled(), if !stopping => {
                     stopping = true;
                     connection.as_mut().graceful_shutdown();
@@ -230,7 +235,7 @@ impl Server {
                 () = tokio::time::sleep_until(next_look) => match conn.overdue(limits) {
                     None => {
                         tracing::debug!("a connection was cut: nothing came, or nothing was taken, in time");
-                        return;
+                        return conn.cut();
                     }
                     Some(at) => next_look = at,
                 },
