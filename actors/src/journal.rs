@@ -11,9 +11,11 @@ use crate::engine::{EngineRequest, FinishReason, RequestId, Task, TokenLogprobs,
 use crate::messages::{Failure, StreamToken, Terminal};
 use crate::router::{RouterHandle, RouterMsg};
 use crate::stream::{Sent, StreamSender};
+use crate::trace::Trace;
 use std::collections::VecDeque;
 use std::time::Duration;
 use tokio::time::Instant;
+use tracing::Span;
 
 /// A worker's token does not follow the last one: the worker is broken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -174,6 +176,7 @@ pub(crate) enum Delivery {
 pub struct Open {
     pub(crate) entry: Entry,
     stream: StreamSender,
+    trace: Trace,
 }
 
 /// The one right to end a request. Whoever holds it must end it; whoever loses it (an actor that panics, a message to
@@ -185,8 +188,10 @@ pub struct Ticket {
 }
 
 impl Ticket {
-    pub(crate) fn new(entry: Entry, stream: StreamSender, home: RouterHandle) -> Self {
-        Self { open: Some(Box::new(Open { entry, stream })), home }
+    /// `span` is what the spans of the request's life are part of.
+    pub(crate) fn new(entry: Entry, stream: StreamSender, span: Span, home: RouterHandle) -> Self {
+        let trace = Trace::begin(span, entry.id());
+        Self { open: Some(Box::new(Open { entry, stream, trace })), home }
     }
 
     /// A ticket that came back.
@@ -209,10 +214,22 @@ impl Ticket {
         &mut self.open.as_deref_mut().expect("a ticket is open until it is concluded").entry
     }
 
+    /// A worker was given the request.
+    pub(crate) fn submitted(&mut self) {
+        self.open.as_deref_mut().expect("a ticket is open until it is concluded").trace.submitted();
+    }
+
+    /// Its worker's engine began with it at this moment, after so long.
+    pub(crate) fn begun(&mut self, at: Instant, waited: Duration) {
+        self.open().trace.begun(waited);
+        self.entry_mut().on_begun(at);
+    }
+
     /// Moves recorded tokens to the client's channel, as many as it takes.
     pub(crate) fn deliver(&mut self) -> Delivery {
         let open = self.open.as_deref_mut().expect("a ticket is open until it is concluded");
         while let Some(token) = open.entry.undelivered.pop_front() {
+            open.trace.token();
             match open.stream.try_send(token) {
                 Sent::Yes => {}
                 Sent::Full(token) => {
@@ -266,7 +283,8 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        if let Some(open) = self.open.take() {
+        if let Some(mut open) = self.open.take() {
+            open.trace.returned(open.entry.emitted().len());
             self.home.post(RouterMsg::Returned(open));
         }
     }

@@ -36,6 +36,7 @@ pub mod link;
 pub mod policy;
 
 pub mod journal;
+mod trace;
 pub mod stream;
 
 pub mod device_supervisor;

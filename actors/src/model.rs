@@ -39,6 +39,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
+use tracing::Span;
 
 /// Events of a worker that wait to be read; a worker that is further ahead waits.
 const EVENTS_MAX: usize = 64;
@@ -301,16 +302,17 @@ impl ModelState {
     // --- clients -------------------------------------------------------------------------------------------------------
 
     fn forward(&self, request: Generate, reply: RpcReplyPort<Result<TokenStream, Refusal>>) {
-        let message = RouterMsg::Generate { request, prefer: Some(self.replica()), reply };
+        let message = RouterMsg::Generate { request, prefer: Some(self.replica()), span: Span::none(), reply };
         // Without a router the reply port is dropped here, and the caller sees that.
         self.args.router.tell(message);
     }
 
-    fn submit(&mut self, ticket: Ticket) {
+    fn submit(&mut self, mut ticket: Ticket) {
         if self.phase != Phase::Ready {
             // Dropped, the ticket goes back to the router, which must not send it here again.
             return self.tell_not_ready();
         }
+        ticket.submitted();
         let id = ticket.entry().id();
         let command = WorkerCommand::Submit(ticket.entry().to_request());
         self.running.insert(id, Running { ticket, since: Instant::now(), stalled: false });
@@ -477,7 +479,7 @@ impl ModelState {
     fn on_begun(&mut self, id: RequestId, waited: Duration) {
         if let Some(Running { ticket, since, .. }) = self.running.get_mut(&id) {
             // What a worker says may be nonsense; a time that does not exist is not recorded.
-            since.checked_add(waited).into_iter().for_each(|at| ticket.entry_mut().on_begun(at));
+            since.checked_add(waited).into_iter().for_each(|at| ticket.begun(at, waited));
         }
     }
 

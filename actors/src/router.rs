@@ -30,6 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
+use tracing::Span;
 
 /// Requests that may wait in the router's mailbox; ractor's mailboxes have no bound of their own.
 const INBOX_MAX: usize = 4096;
@@ -49,6 +50,8 @@ pub enum RouterMsg {
         request: Generate,
         /// The replica that was asked directly.
         prefer: Option<ReplicaId>,
+        /// What the spans of its life are part of.
+        span: Span,
         /// Where the stream or the refusal goes.
         reply: RpcReplyPort<Result<TokenStream, Refusal>>,
     },
@@ -177,7 +180,7 @@ impl RouterHandle {
         let _room = self.shared.inbox.try_acquire().map_err(|_| Refusal::Overloaded)?;
         let (reply, answer) = ractor::concurrency::oneshot();
         let Some(router) = self.current() else { return Err(Refusal::RouterLost) };
-        match router.send_message(RouterMsg::Generate { request, prefer, reply: reply.into() }) {
+        match router.send_message(RouterMsg::Generate { request, prefer, span: Span::current(), reply: reply.into() }) {
             Ok(()) => answer.await.unwrap_or(Err(Refusal::RouterLost)),
             Err(_) => Err(Refusal::RouterLost),
         }
@@ -364,7 +367,7 @@ impl Actor for Router {
         state: &mut RouterState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            RouterMsg::Generate { request, prefer, reply } => state.generate(request, prefer, reply),
+            RouterMsg::Generate { request, prefer, span, reply } => state.generate(request, prefer, span, reply),
             RouterMsg::Returned(open) => state.returned(open),
             RouterMsg::Concluded { id, outcome } => state.concluded(id, outcome),
             RouterMsg::Cancel(id) => state.cancel(id),
@@ -427,9 +430,10 @@ impl RouterState {
         &mut self,
         request: Generate,
         prefer: Option<ReplicaId>,
+        span: Span,
         reply: RpcReplyPort<Result<TokenStream, Refusal>>,
     ) {
-        match self.accept(request) {
+        match self.accept(request, span) {
             Ok((ticket, stream)) => {
                 self.counters.accepted += 1;
                 // A client that is gone drops the stream here, and that cancels the request.
@@ -443,7 +447,7 @@ impl RouterState {
         }
     }
 
-    fn accept(&mut self, request: Generate) -> Result<(Ticket, TokenStream), Refusal> {
+    fn accept(&mut self, request: Generate, span: Span) -> Result<(Ticket, TokenStream), Refusal> {
         if self.draining.is_some() {
             return Err(Refusal::Draining);
         }
@@ -466,7 +470,7 @@ impl RouterState {
         let (sender, stream) = StreamSender::new(id, capacity, self.args.handle.clone());
         let entry = Entry::new(engine_request(id, request), model.clone(), deadline);
         self.open.insert(id, Row { model, tokens, counted: true, cancelled: false, replica: None });
-        Ok((Ticket::new(entry, sender, self.args.handle.clone()), stream))
+        Ok((Ticket::new(entry, sender, span, self.args.handle.clone()), stream))
     }
 
     /// Gives a ticket to a replica, or lets it wait for one, or ends it.

@@ -78,6 +78,8 @@ pub struct Host {
     pub insecure: bool,
     /// The local admin socket, if not the usual one.
     pub admin_socket: Option<PathBuf>,
+    /// A Unix socket with HTTP for whoever may open it.
+    pub http_socket: Option<PathBuf>,
     /// Keys of which a client must show one; with none, everybody who can connect may speak.
     pub api_keys: Vec<ApiKey>,
     /// File with more of them.
@@ -114,6 +116,7 @@ impl Default for Host {
             address: SocketAddr::from(([127, 0, 0, 1], 7070)),
             insecure: false,
             admin_socket: None,
+            http_socket: None,
             api_keys: Vec::new(),
             api_keys_file: None,
             admin_keys: Vec::new(),

@@ -46,13 +46,16 @@ pub(crate) struct RawHost {
     pub(crate) insecure: Option<At<bool>>,
     /// Path of the local admin socket. Without it the host chooses one in the user's runtime directory.
     pub(crate) admin_socket: Option<At<String>>,
+    /// Path of a Unix socket on which the HTTP server listens, too. Only its owner may open it; whoever can needs no key and
+    /// may load and unload models.
+    pub(crate) http_socket: Option<At<String>>,
     /// Keys of which a client must show one. With none, every local client may speak. Use `${env:NAME}`.
     #[schemars(extend("default" = []))]
     pub(crate) api_keys: Option<Vec<At<String>>>,
     /// File with more of them, one a line, each a key or `sha256:` and the key's hash in 64 hex digits. Relative to this
     /// file. It is read again when it changes.
     pub(crate) api_keys_file: Option<At<String>>,
-    /// Keys that may also load and unload models. With none, only the admin socket may.
+    /// Keys that may also load and unload models. With none, only who comes by `http_socket` may.
     #[schemars(extend("default" = []))]
     pub(crate) admin_keys: Option<Vec<At<String>>>,
     /// File with more of them, as `api_keys_file`.

@@ -127,6 +127,7 @@ fn every_key_is_read() {
         drain = "1m"
         log = "json"
         insecure = true
+        http_socket = "/run/playhouse-http.sock"
         api_keys_file = "keys"
         admin_keys = ["sk-admin"]
         admin_keys_file = "/etc/admin-keys"
@@ -187,6 +188,7 @@ fn every_key_is_read() {
     assert!(!format!("{config:?}").contains("k-123"), "keys are not printed");
     let host = &config.host;
     assert!(host.insecure && !format!("{config:?}").contains("sk-admin"));
+    assert_eq!(host.http_socket.as_deref(), Some(Path::new("/run/playhouse-http.sock")));
     assert_eq!(host.admin_keys[0].expose(), "sk-admin");
     assert_eq!(
         (host.api_keys_file.as_deref(), host.admin_keys_file.as_deref()),

@@ -1,10 +1,13 @@
 //! `playhouse serve`: open the house of a configuration and run it until it is told to stop.
 
 use super::{CliError, Exit, RunCommand, print};
+use crate::host::admin::SocketError;
+use crate::host::admin::socket::BoundSocket;
 use crate::host::front::HouseControl;
 use crate::host::service::{Ending, run};
+use crate::host::telemetry::TelemetryError;
 use crate::host::{OpenError, Parts, Playhouse, telemetry};
-use crate::http::{self, BuildInfo, Front, HttpSettings, Reread};
+use crate::http::{self, BuildInfo, Front, HttpSettings, Listeners, Reread};
 use playhouse_actors::inventory::Device;
 use playhouse_actors::policy::placement::Plan;
 use playhouse_config::units::Bytes;
@@ -14,7 +17,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -86,10 +89,14 @@ impl RunCommand for Args {
     fn run(self) -> Result<(), CliError> {
         let overrides = self.overrides();
         let config = Config::open(self.config.as_deref(), &overrides)?;
-        telemetry::start(config.host.log).map_err(CliError::usage)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
         let runtime = runtime.map_err(|error| CliError::new(Exit::Transient, error))?;
-        let ended = runtime.block_on(serve(config, overrides));
+        let telemetry = telemetry::start(&config.host, runtime.handle())?;
+        let ended = runtime.block_on(async {
+            let ended = serve(config, overrides).await;
+            telemetry.finish().await;
+            ended
+        });
         // A read that hangs, such as that of a reload from a network that is gone, does not keep a host that was stopped.
         runtime.shutdown_timeout(LEFT_BEHIND);
         ended
@@ -117,8 +124,11 @@ async fn serve(config: Config, overrides: Overrides) -> Result<(), CliError> {
     let scheme = if settings.tls.is_some() { "https" } else { "http" };
     reread_at_hangup(settings.reread.clone())?;
     // First of all: an address that is taken is found before anything is loaded.
-    let listener = bind(config.host.address).await?;
-    let address = listener.local_addr().map_err(|error| CliError::new(Exit::Transient, error))?;
+    let tcp = bind(config.host.address).await?;
+    let mut socket = config.host.http_socket.as_deref().map(BoundSocket::bind).transpose()?;
+    let unix = socket.as_mut().and_then(BoundSocket::take_listener).map(UnixListener::from_std).transpose();
+    let unix = unix.map_err(|error| CliError::new(Exit::Transient, error))?;
+    let address = tcp.local_addr().map_err(|error| CliError::new(Exit::Transient, error))?;
     let house = Playhouse::open_with(config, Parts { overrides, ..Parts::default() }).await?;
     let url = format!("{scheme}://{}", shown_name(&settings, address));
     print(&welcome(&house.devices().await, &house.plan(), &url))?;
@@ -127,7 +137,7 @@ async fn serve(config: Config, overrides: Overrides) -> Result<(), CliError> {
     let build = BuildInfo { version: env!("CARGO_PKG_VERSION").to_owned(), commit: None };
     let front = Front { client: house.client().clone(), control, settings, build };
     let stop = CancellationToken::new();
-    let mut serving = tokio::spawn(http::serve(front, listener, stop.clone()));
+    let mut serving = tokio::spawn(http::serve(front, Listeners { tcp, unix }, stop.clone()));
     let ending = tokio::select! {
         ending = run(house.clone()) => ending.map_err(|error| CliError::new(Exit::Transient, error))?,
         served = &mut serving => {
@@ -211,6 +221,21 @@ impl From<OpenError> for CliError {
         match error {
             OpenError::Plan(error) => error.into(),
             OpenError::Tree(_) => Self::new(Exit::Software, error),
+        }
+    }
+}
+
+impl From<SocketError> for CliError {
+    fn from(error: SocketError) -> Self {
+        Self::new(Exit::Transient, error)
+    }
+}
+
+impl From<TelemetryError> for CliError {
+    fn from(error: TelemetryError) -> Self {
+        match error {
+            TelemetryError::Filter { .. } => Self::new(Exit::Usage, error),
+            TelemetryError::Traces(_) => Self::new(Exit::BadConfig, error),
         }
     }
 }

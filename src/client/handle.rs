@@ -60,6 +60,7 @@ impl ModelHandle {
         let card = self.card.clone();
         let tokens = blocking(move || {
             let prompt = render(&card, &messages, &options)?;
+            limits::at_most("messages", prompt.text().len() as u64, 0, limits::PROMPT_BYTES_MAX as u64)?;
             Ok(card.tokenizer.encode_prompt(&prompt)?)
         });
         self.start(generate, tokens.await?).await

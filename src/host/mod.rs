@@ -34,7 +34,7 @@ use playhouse_actors::messages::{HouseEvent, HouseStatus, Phase, ReplicaStatus};
 use playhouse_actors::policy::placement::Plan;
 use playhouse_actors::sim::SimInventory;
 use playhouse_actors::{Drained, HouseArgs, HouseHandle, Refusal};
-use playhouse_config::{Config, DeviceSelector, Overrides, PciBusId};
+use playhouse_config::{Config, DeviceSelector, Limits, Overrides, PciBusId};
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, Hasher};
 use std::path::PathBuf;
@@ -404,12 +404,33 @@ fn find_device(text: &str, devices: &[Device]) -> Option<DeviceId> {
     selector.find(&known).ok().map(|index| DeviceId::gpu(devices[index].uuid.clone()))
 }
 
+/// The limits of the front, without those that the router takes over.
+fn front_limits(limits: &Limits) -> Limits {
+    let Limits { queued_requests, queued_tokens, request_timeout, stream_events, .. } = Limits::default();
+    Limits { queued_requests, queued_tokens, request_timeout, stream_events, ..limits.clone() }
+}
+
 /// Keys outside of models and supervision are read once.
 fn restart_needed(old: &Config, new: &Config) -> Vec<String> {
+    let (was, is) = (&old.host, &new.host);
     let differs = [
-        ("host.address", old.host.address != new.host.address),
-        ("host.admin_socket", old.host.admin_socket != new.host.admin_socket),
-        ("host.log", old.host.log != new.host.log),
+        ("host.address", was.address != is.address),
+        ("host.insecure", was.insecure != is.insecure),
+        ("host.admin_socket", was.admin_socket != is.admin_socket),
+        ("host.http_socket", was.http_socket != is.http_socket),
+        ("host.api_keys", was.api_keys != is.api_keys),
+        ("host.api_keys_file", was.api_keys_file != is.api_keys_file),
+        ("host.admin_keys", was.admin_keys != is.admin_keys),
+        ("host.admin_keys_file", was.admin_keys_file != is.admin_keys_file),
+        ("host.tls", was.tls != is.tls),
+        ("host.allowed_hosts", was.allowed_hosts != is.allowed_hosts),
+        ("host.cors_origins", was.cors_origins != is.cors_origins),
+        ("host.per_key", was.per_key != is.per_key),
+        ("host.keep_alive", was.keep_alive != is.keep_alive),
+        ("host.look_every", was.look_every != is.look_every),
+        ("host.otlp_endpoint", was.otlp_endpoint != is.otlp_endpoint),
+        ("host.log", was.log != is.log),
+        ("host.limits", front_limits(&was.limits) != front_limits(&is.limits)),
         ("simulate", old.simulate != new.simulate),
     ];
     differs.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key.to_owned()).collect()

@@ -4,7 +4,7 @@
 use super::error::ApiError;
 use super::keys::KeyId;
 use super::server::Peer;
-use super::{App, id};
+use super::{App, id, trace};
 use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri, header};
@@ -43,8 +43,7 @@ pub(super) async fn outermost(State(app): State<App>, request: Request, next: Ne
     let id = request_id(request.headers());
     let method = request.method().clone();
     let path = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str).to_owned();
-    let trace = trace_id(request.headers()).unwrap_or_default().to_owned();
-    let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default(), %method, path, trace);
+    let span = trace::span(id.to_str().unwrap_or_default(), &method, &path, request.headers());
     let mut response = async {
         match check_origin(&app, request.headers(), request.uri()) {
             Err(error) => error.into_response(),
@@ -59,10 +58,11 @@ pub(super) async fn outermost(State(app): State<App>, request: Request, next: Ne
     let took = start.elapsed();
     // Neither the address's query nor the body: they may hold what users wrote.
     tracing::debug!(parent: &span, status = response.status().as_u16(), ms = took.as_millis() as u64, "answered");
+    span.record("status", response.status().as_u16());
     app.metrics.http(&method, &path, response.status().as_u16(), took);
     response.headers_mut().insert(REQUEST_ID, id);
     response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    response
+    response.map(|body| trace::carry(span, body))
 }
 
 /// The client's own id, if it is one that can be echoed and logged safely.
@@ -72,16 +72,6 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
     };
     let shown = headers.get(REQUEST_ID).filter(is_plain).cloned();
     shown.unwrap_or_else(|| HeaderValue::from_str(&id::new("req-")).expect("hexadecimal digits are visible"))
-}
-
-/// The trace id of a W3C `traceparent`: `00-<32 hex digits>-<16>-<2>`.
-fn trace_id(headers: &HeaderMap) -> Option<&str> {
-    let parts: Vec<&str> = headers.get("traceparent")?.to_str().ok()?.split('-').collect();
-    let is_hex = |part: &str, n| part.len() == n && part.bytes().all(|b| b.is_ascii_hexdigit());
-    match parts[..] {
-        ["00", trace, span, flags] if is_hex(trace, 32) && is_hex(span, 16) && is_hex(flags, 2) => Some(trace),
-        _ => None,
-    }
 }
 
 /// Refuses names that are not ours, so that no page can reach a local house by rebinding its own name to 127.0.0.1; and
@@ -196,18 +186,5 @@ mod tests {
         };
         assert!(echoed("a-1") && echoed(&"x".repeat(128)));
         assert!(!echoed("") && !echoed("a b") && !echoed(&"x".repeat(129)));
-    }
-
-    #[test]
-    fn only_whole_traceparents_are_read() {
-        let read = |text: &'static str| {
-            let mut headers = HeaderMap::new();
-            headers.insert("traceparent", HeaderValue::from_static(text));
-            trace_id(&headers).map(str::to_owned)
-        };
-        let whole = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-        assert_eq!(read(whole).as_deref(), Some("0af7651916cd43dd8448eb211c80319c"));
-        assert_eq!(read("00-0af7-b7ad6b7169203331-01"), None);
-        assert_eq!(read(""), None);
     }
 }

@@ -20,6 +20,7 @@ mod server;
 mod keys;
 mod fresh;
 mod guard;
+mod trace;
 mod quota;
 mod body;
 mod routes;
@@ -125,6 +126,15 @@ impl Shared {
     }
 }
 
+/// Where a front listens. Whatever comes in anywhere is one front: one set of counts, one set of limits.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For everybody who can reach the address.
+    pub tcp: TcpListener,
+    /// For whoever the permissions of the socket's file let through. They may do everything; keys are not asked for.
+    pub unix: Option<UnixListener>,
+}
+
 /// Serves until `stop` is cancelled, then takes no more connections and waits for the requests in flight, at most
 /// [`HttpSettings::drain`].
 ///
@@ -132,15 +142,20 @@ impl Shared {
 /// [`ServeError::Exposed`] if the listener can be reached from outside and the settings have no keys or no TLS and do
 /// not say that this is wanted; [`ServeError::Tls`] if certificate or key, [`ServeError::Keys`] if a file of keys
 /// cannot be used. Trouble with single connections ends those connections.
-pub async fn serve(front: Front, listener: TcpListener, stop: CancellationToken) -> Result<(), ServeError> {
-    server::serve_tcp(front.shared(stop.clone()), listener, stop).await
+pub async fn serve(front: Front, listeners: impl Into<Listeners>, stop: CancellationToken) -> Result<(), ServeError> {
+    let Listeners { tcp, unix } = listeners.into();
+    let app = front.shared(stop.clone());
+    let on_unix = async {
+        match unix {
+            Some(unix) => server::serve_unix(app.clone(), unix, stop.clone()).await,
+            None => Ok(()),
+        }
+    };
+    tokio::try_join!(server::serve_tcp(app.clone(), tcp, stop.clone()), on_unix).map(|_| ())
 }
 
-/// Serves on a Unix socket, whose file's permissions say who may connect. Whoever can may do everything; keys are not
-/// asked for.
-///
-/// # Errors
-/// None while it runs: trouble with single connections ends those connections.
-pub async fn serve_unix(front: Front, listener: UnixListener, stop: CancellationToken) -> Result<(), ServeError> {
-    server::serve_unix(front.shared(stop.clone()), listener, stop).await
+impl From<TcpListener> for Listeners {
+    fn from(tcp: TcpListener) -> Self {
+        Self { tcp, unix: None }
+    }
 }

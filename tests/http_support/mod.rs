@@ -12,7 +12,7 @@ use playhouse::backend::cpu::CpuBackend;
 use playhouse::client::{Catalog, Client, ModelCard};
 use playhouse::engine::{EngineOptions, LlmEngine, Runner, RunnerLimits};
 use playhouse::http::control::{BoxFuture, ConfiguredModel, Control, ControlError};
-use playhouse::http::{BuildInfo, Front, HttpSettings};
+use playhouse::http::{BuildInfo, Front, HttpSettings, Listeners};
 use playhouse_actors::EventLog;
 use playhouse_actors::engine::{Engine, EngineEvent, LoadPhase, LoadProgress};
 use playhouse_actors::inventory::{Device, DeviceId, Inventory, InventoryError};
@@ -269,6 +269,8 @@ pub(crate) struct Setup {
     /// Models are also known by these cards, whatever the configuration says.
     pub(crate) cards: Vec<Arc<ModelCard>>,
     pub(crate) listen: SocketAddr,
+    /// A Unix socket that the front listens on, too.
+    pub(crate) unix: Option<tokio::net::UnixListener>,
 }
 
 impl Default for Setup {
@@ -278,7 +280,7 @@ impl Default for Setup {
         let config = Config { models: vec![model], ..Config::default() };
         let settings = HttpSettings::from(&config.host);
         let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-        Self { config, settings, loader: Arc::new(real), cards: Vec::new(), listen }
+        Self { config, settings, loader: Arc::new(real), cards: Vec::new(), listen, unix: None }
     }
 }
 
@@ -351,7 +353,11 @@ impl Setup {
         let stop = CancellationToken::new();
         let build = BuildInfo { version: "0.0.0-test".into(), commit: Some("0123456789abcdef".into()) };
         let front = Front { client: client.clone(), control: control.clone(), settings: self.settings, build };
-        let served = tokio::spawn(playhouse::http::serve(front.clone(), listener, stop.clone()));
+        let served = tokio::spawn(playhouse::http::serve(
+            front.clone(),
+            Listeners { tcp: listener, unix: self.unix },
+            stop.clone(),
+        ));
         TestHouse { address, client, control, kills, started, stop, served, front }
     }
 }

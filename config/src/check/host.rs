@@ -20,6 +20,7 @@ impl Checker {
             address: raw.address.as_ref().and_then(|text| self.address(text)).unwrap_or(default.address),
             insecure: raw.insecure.as_ref().is_some_and(|insecure| *insecure.value()),
             admin_socket: raw.admin_socket.as_ref().map(|path| self.socket_path(path)),
+            http_socket: raw.http_socket.as_ref().map(|path| self.socket_path(path)),
             api_keys: self.keys(raw.api_keys.as_deref().unwrap_or_default()),
             api_keys_file: self.file(raw.api_keys_file.as_ref(), folder),
             admin_keys: self.keys(raw.admin_keys.as_deref().unwrap_or_default()),

@@ -10,7 +10,8 @@ use super::answer::{Head, TokenTexts, Usage, finish_reason, key_place, stop_reas
 use super::chat_stream::ChatChunks;
 use super::choice::{ChatChoice, MessageBuilder};
 use super::request::{ChatBody, StreamOptions};
-use crate::client::{ChatRequest, Event, GenerateRequest, ModelCard, TokenStream};
+use super::tools::Tools;
+use crate::client::{ChatRequest, Event, GenerateRequest, ModelCard, RequestError, TokenStream};
 use crate::text::{Message, RenderOptions};
 use axum::Extension;
 use axum::extract::State;
@@ -30,20 +31,21 @@ pub(in crate::http) async fn chat(
     let handle = app.client.model(&body.model)?;
     let card = handle.card().clone();
     let place = key_place(&app, shown)?;
-    let (request, syntax) = request(&mut body, &card)?;
+    let (request, spoken) = request(&mut body, &card)?;
     let (n, max_tokens) = (request.generate.n, request.generate.max_tokens);
+    let is_forced = spoken.is_forced;
     let mut meter = app.metrics.request(&card.name, n, max_tokens);
     let stream = match handle.chat(request).await {
         Ok(stream) => stream,
         Err(error) => {
             meter.refused();
-            return Err(error.into());
+            return Err(refused(error, is_forced));
         }
     };
     let n_prompt = stream.prompt().len() as u64;
     meter.accepted(n_prompt);
     let chat = Chat { head: Head::new(&app, "chatcmpl-", &card.name), texts: TokenTexts(card.clone()), n_prompt };
-    let choices = choices(&card, syntax, &stream);
+    let choices = choices(&card, spoken, &stream);
     let running = Running::new(meter, place, app.settings.keep_alive, n_prompt);
     if body.stream.unwrap_or(false) {
         let chunks = ChatChunks::new(chat, choices, StreamOptions::include_usage(body.stream_options.as_ref()));
@@ -60,11 +62,12 @@ pub(super) struct Chat {
 }
 
 /// The choices of a request, before their first token.
-pub(super) fn choices(card: &ModelCard, syntax: Syntax, stream: &TokenStream) -> Vec<ChatChoice> {
+pub(super) fn choices(card: &ModelCard, spoken: Spoken, stream: &TokenStream) -> Vec<ChatChoice> {
     let template = card.template.as_ref().map_or("", |template| template.source());
     let prompt = stream.prompt();
     let end = card.tokenizer.decode(&prompt[prompt.len().saturating_sub(PROMPT_END_TOKENS)..], false);
-    stream.ids().iter().map(|_| ChatChoice::new(Splitter::new(syntax, template, &end))).collect()
+    let choice = |_| ChatChoice::new(Splitter::new(spoken.syntax, template, &end), spoken.parallel_calls);
+    stream.ids().iter().map(choice).collect()
 }
 
 impl Chat {
@@ -128,8 +131,30 @@ impl Whole {
     }
 }
 
-/// What is asked of the house, and what the model will speak.
-pub(super) fn request(body: &mut ChatBody, card: &Arc<ModelCard>) -> Result<(ChatRequest, Syntax), ApiError> {
+/// How an answer is to be read.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Spoken {
+    /// What the model will speak.
+    syntax: Syntax,
+    /// Whether it may have more than one call.
+    parallel_calls: bool,
+    /// Whether it must be one.
+    pub(super) is_forced: bool,
+}
+
+/// Of a forced call the grammar is ours: what is wrong with it is a tool's schema.
+pub(super) fn refused(error: RequestError, is_forced: bool) -> ApiError {
+    match error {
+        RequestError::Constraint(error) if is_forced => ApiError::param("tools", error.to_string()),
+        RequestError::Invalid(invalid) if is_forced && invalid.param == "response_format" => {
+            ApiError::param("tools", format!("the schemas of the tools are too large: {invalid}"))
+        }
+        error => error.into(),
+    }
+}
+
+/// What is asked of the house, and how its answer is to be read.
+pub(super) fn request(body: &mut ChatBody, card: &Arc<ModelCard>) -> Result<(ChatRequest, Spoken), ApiError> {
     let template = card.template.as_ref().map_or("", |template| template.source());
     let mut generate = GenerateRequest::text("");
     body.sampling().apply(&mut generate)?;
@@ -141,8 +166,8 @@ pub(super) fn request(body: &mut ChatBody, card: &Arc<ModelCard>) -> Result<(Cha
     if body.continue_final_message.unwrap_or(false) {
         return Err(ApiError::not_supported("continue_final_message", "`continue_final_message` is not supported"));
     }
-    let tools = tools(body, template)?;
-    let syntax = Syntax::of(template, tools.is_some());
+    let tools = Tools::read(body.tools.take(), body.tool_choice.as_ref(), body.parallel_tool_calls, template)?;
+    let syntax = Syntax::of(template, tools.shown.is_some());
     if syntax.needs_control_tokens() {
         generate.skip_special = false;
         if generate.constraint.is_some() {
@@ -151,18 +176,28 @@ pub(super) fn request(body: &mut ChatBody, card: &Arc<ModelCard>) -> Result<(Cha
             return Err(ApiError::not_supported("response_format", message));
         }
     }
+    let call = tools.constraint(syntax, card)?;
+    let is_forced = call.is_some();
+    if let Some(call) = call {
+        if generate.constraint.is_some() {
+            let message = "an answer cannot be both a forced call and held to a `response_format`";
+            return Err(ApiError::param("tool_choice", message));
+        }
+        generate.constraint = Some(call);
+    }
+    let spoken = Spoken { syntax, parallel_calls: tools.parallel, is_forced };
     let mut kwargs = body.chat_template_kwargs.take().unwrap_or_default();
     if let Some(effort) = body.reasoning_effort.take() {
         kwargs.entry("reasoning_effort").or_insert(Value::String(effort));
     }
     let options = RenderOptions {
         add_generation_prompt: body.add_generation_prompt.unwrap_or(true),
-        tools,
+        tools: tools.shown,
         kwargs,
         ..RenderOptions::default()
     };
     let messages = messages(std::mem::take(&mut body.messages), syntax)?;
-    Ok((ChatRequest { messages, options, generate }, syntax))
+    Ok((ChatRequest { messages, options, generate }, spoken))
 }
 
 /// The conversation as templates read it.
@@ -214,36 +249,6 @@ fn message(at: usize, mut value: Value, syntax: Syntax) -> Result<Message, ApiEr
 
 fn cut(text: &str) -> String {
     text.chars().take(40).collect()
-}
-
-/// The tools that the template is given.
-fn tools(body: &mut ChatBody, template: &str) -> Result<Option<Vec<Value>>, ApiError> {
-    let tools = body.tools.take().filter(|tools| !tools.is_empty());
-    match body.tool_choice.take() {
-        None | Some(Value::Null) => {}
-        Some(Value::String(choice)) if choice == "auto" => {}
-        Some(Value::String(choice)) if choice == "none" => return Ok(None),
-        Some(Value::String(choice)) if choice == "required" => return Err(forced()),
-        Some(Value::Object(_)) => return Err(forced()),
-        Some(_) => return Err(ApiError::param("tool_choice", "`tool_choice` is `auto` or `none`")),
-    }
-    let Some(tools) = tools else { return Ok(None) };
-    for (at, tool) in tools.iter().enumerate() {
-        let function = tool.get("function").filter(|_| tool.get("type").is_none_or(|kind| kind == "function"));
-        let name = function.and_then(|function| function.get("name")).and_then(Value::as_str);
-        if name.is_none_or(str::is_empty) {
-            let message = "a tool is `{\"type\": \"function\", \"function\": {\"name\": ...}}`";
-            return Err(ApiError::param(&format!("tools[{at}]"), message));
-        }
-    }
-    if !Syntax::takes_tools(template) {
-        return Err(ApiError::not_supported("tools", "this model's chat template does not take tools"));
-    }
-    Ok(Some(tools))
-}
-
-fn forced() -> ApiError {
-    ApiError::not_supported("tool_choice", "a model cannot be forced to call a tool; `tool_choice` is `auto` or `none`")
 }
 
 #[cfg(test)]

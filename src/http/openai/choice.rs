@@ -54,14 +54,26 @@ pub(super) struct ChatChoice {
     splitter: Splitter,
     pieces: Vec<Piece>,
     n_calls: usize,
+    /// Whether there may be more than one.
+    parallel_calls: bool,
+    /// Within a call that is one too many.
+    is_dropping: bool,
     is_reasoning: bool,
     /// Tokens of reasoning so far.
     pub(super) reasoning_tokens: u64,
 }
 
 impl ChatChoice {
-    pub(super) fn new(splitter: Splitter) -> Self {
-        Self { splitter, pieces: Vec::new(), n_calls: 0, is_reasoning: false, reasoning_tokens: 0 }
+    pub(super) fn new(splitter: Splitter, parallel_calls: bool) -> Self {
+        Self {
+            splitter,
+            pieces: Vec::new(),
+            n_calls: 0,
+            parallel_calls,
+            is_dropping: false,
+            is_reasoning: false,
+            reasoning_tokens: 0,
+        }
     }
 
     /// What one token's text adds.
@@ -86,6 +98,14 @@ impl ChatChoice {
     fn take(&mut self, deltas: &mut Vec<Delta>) {
         for piece in self.pieces.drain(..) {
             self.is_reasoning = matches!(piece, Piece::Reasoning(_));
+            match piece {
+                Piece::Call(_) => self.is_dropping = !self.parallel_calls && self.n_calls > 0,
+                Piece::Content(_) | Piece::Reasoning(_) => self.is_dropping = false,
+                Piece::Arguments(_) => {}
+            }
+            if self.is_dropping {
+                continue;
+            }
             deltas.push(match piece {
                 Piece::Content(text) => Delta::Content(text),
                 Piece::Reasoning(text) => Delta::Reasoning(text),
@@ -146,7 +166,7 @@ mod tests {
 
     #[test]
     fn a_call_ends_a_choice_as_a_call() {
-        let mut choice = ChatChoice::new(Splitter::new(Syntax::Tagged, "", ""));
+        let mut choice = ChatChoice::new(Splitter::new(Syntax::Tagged, "", ""), true);
         let (mut deltas, mut message) = (Vec::new(), MessageBuilder::default());
         for text in ["Wait.\n<tool", "_call>{\"name\": \"f\", ", "\"arguments\": {\"a\": 1}}"] {
             choice.token(text, &mut deltas);
@@ -162,8 +182,21 @@ mod tests {
     }
 
     #[test]
+    fn without_parallel_calls_there_is_one() {
+        let mut choice = ChatChoice::new(Splitter::new(Syntax::Tagged, "", ""), false);
+        let (mut deltas, mut message) = (Vec::new(), MessageBuilder::default());
+        let call = |name: &str| format!("<tool_call>{{\"name\": \"{name}\", \"arguments\": {{}}}}</tool_call>");
+        choice.token(&format!("{}{}{}done", call("f"), call("g"), call("h")), &mut deltas);
+        choice.finish("", &mut deltas);
+        message.add(&mut deltas);
+        let message = message.json();
+        assert_eq!(message["tool_calls"].as_array().map(Vec::len), Some(1));
+        assert_eq!((&message["tool_calls"][0]["function"]["name"], &message["content"]), (&json!("f"), &json!("done")));
+    }
+
+    #[test]
     fn thoughts_are_counted_and_kept_apart() {
-        let mut choice = ChatChoice::new(Splitter::new(Syntax::Harmony, "", ""));
+        let mut choice = ChatChoice::new(Splitter::new(Syntax::Harmony, "", ""), true);
         let (mut deltas, mut message) = (Vec::new(), MessageBuilder::default());
         for text in ["<|channel|>", "analysis", "<|message|>", "a", " moon", "<|end|>", "<|start|>", "assistant"] {
             choice.token(text, &mut deltas);

@@ -4,6 +4,7 @@
 //! accepted, because clients send more than we know; wrong types are refused, and so is what is known and not done.
 
 mod request;
+mod tools;
 mod answer;
 mod choice;
 mod chat;

@@ -92,6 +92,7 @@ with_sampling! {
         top_logprobs: Option<u32>,
         tools: Option<Vec<Value>>,
         tool_choice: Option<Value>,
+        parallel_tool_calls: Option<bool>,
         chat_template_kwargs: Option<Map<String, Value>>,
         reasoning_effort: Option<String>,
         add_generation_prompt: Option<bool>,

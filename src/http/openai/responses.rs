@@ -11,7 +11,7 @@ use super::super::guard::Shown;
 use super::super::id;
 use super::super::sse::{self, Chunks, Running};
 use super::answer::{Usage, finish_reason, key_place, unix};
-use super::chat::{choices, request};
+use super::chat::{choices, refused, request};
 use super::choice::{ChatChoice, Delta};
 use super::request::ChatBody;
 use crate::client::{Event, TokenStream};
@@ -35,6 +35,7 @@ pub(in crate::http) struct ResponseBody {
     stream: Option<bool>,
     tools: Option<Vec<Value>>,
     tool_choice: Option<Value>,
+    parallel_tool_calls: Option<bool>,
     text: Option<TextOptions>,
     reasoning: Option<Reasoning>,
     previous_response_id: Option<String>,
@@ -71,18 +72,18 @@ pub(in crate::http) async fn responses(
     let streams = body.stream.unwrap_or(false);
     let echo = Echo::of(&body);
     let mut chat = as_chat(body)?;
-    let (request, syntax) = request(&mut chat, &card)?;
+    let (request, spoken) = request(&mut chat, &card)?;
     let mut meter = app.metrics.request(&card.name, request.generate.n, request.generate.max_tokens);
     let stream = match handle.chat(request).await {
         Ok(stream) => stream,
         Err(error) => {
             meter.refused();
-            return Err(error.into());
+            return Err(refused(error, spoken.is_forced));
         }
     };
     let n_prompt = stream.prompt().len() as u64;
     meter.accepted(n_prompt);
-    let choice = choices(&card, syntax, &stream).swap_remove(0);
+    let choice = choices(&card, spoken, &stream).swap_remove(0);
     let running = Running::new(meter, place, app.settings.keep_alive, n_prompt);
     let items = Items::new(&card.name, choice, n_prompt, echo);
     if streams {
@@ -108,6 +109,8 @@ struct Echo {
     temperature: Option<f32>,
     top_p: Option<f32>,
     tools: Vec<Value>,
+    tool_choice: Value,
+    parallel_tool_calls: bool,
     metadata: Map<String, Value>,
 }
 
@@ -119,6 +122,8 @@ impl Echo {
             temperature: body.temperature,
             top_p: body.top_p,
             tools: body.tools.clone().unwrap_or_default(),
+            tool_choice: body.tool_choice.clone().unwrap_or_else(|| "auto".into()),
+            parallel_tool_calls: body.parallel_tool_calls.unwrap_or(true),
             metadata: body.metadata.clone().unwrap_or_default(),
         }
     }
@@ -155,6 +160,7 @@ fn as_chat(body: ResponseBody) -> Result<ChatBody, ApiError> {
         "seed": body.seed,
         "tools": tools,
         "tool_choice": body.tool_choice,
+        "parallel_tool_calls": body.parallel_tool_calls,
         "response_format": body.text.and_then(|text| text.format),
         "reasoning_effort": body.reasoning.and_then(|reasoning| reasoning.effort),
     });
@@ -288,11 +294,11 @@ impl Items {
             "max_output_tokens": echo.max_output_tokens,
             "model": self.model,
             "output": self.done,
-            "parallel_tool_calls": true,
+            "parallel_tool_calls": echo.parallel_tool_calls,
             "previous_response_id": null,
             "temperature": echo.temperature,
             "top_p": echo.top_p,
-            "tool_choice": "auto",
+            "tool_choice": echo.tool_choice,
             "tools": echo.tools,
             "metadata": echo.metadata,
             "usage": usage,
