@@ -13,6 +13,9 @@ pub(crate) const PING: u8 = 0x6;
 pub(crate) const GOAWAY: u8 = 0x7;
 pub(crate) const CONTINUATION: u8 = 0x9;
 
+/// A reason to end a connection: its client does too much of something.
+pub(crate) const ENHANCE_YOUR_CALM: u32 = 0xb;
+
 pub(crate) const END_STREAM: u8 = 0x1;
 pub(crate) const END_HEADERS: u8 = 0x4;
 

@@ -146,7 +146,7 @@ impl TypedMetric for Counted {
 impl EncodeMetric for Counted {
     fn encode(&self, mut encoder: MetricEncoder<'_>) -> Result<(), std::fmt::Error> {
         let StepTokens { steps, sum } = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let bounds = StepTokens::BOUNDS.map(f64::from).into_iter().chain([f64::MAX]);
+        let bounds = StepTokens::BOUNDS.map(f64::from).into_iter().chain([f64::INFINITY]);
         let buckets: Vec<(f64, u64)> = bounds.zip(steps).collect();
         encoder.encode_histogram::<NoLabelSet>(sum as f64, steps.iter().sum(), &buckets, None)
     }

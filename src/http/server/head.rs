@@ -2,6 +2,7 @@
 //! be thousands at a time, costs none of the buffers that a connection in use has.
 
 use super::door::Conn;
+use rustix::net::RecvFlags;
 use std::io;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
@@ -24,7 +25,7 @@ pub(super) async fn arrives(socket: &TcpStream, conn: &Conn) -> io::Result<()> {
         }
         let looked = socket.try_io(Interest::READABLE, || {
             let mut seen = [0; LOOK_MAX];
-            let (n, _) = rustix::net::recv(socket, &mut seen, rustix::net::RecvFlags::PEEK)?;
+            let (n, _) = rustix::net::recv(socket, &mut seen, RecvFlags::PEEK)?;
             if n > 0 {
                 conn.heard(is_h2(&seen[..n]));
             }
@@ -40,6 +41,8 @@ pub(super) async fn arrives(socket: &TcpStream, conn: &Conn) -> io::Result<()> {
 
 /// Says to a client that its head came too slowly. A courtesy: whoever cannot take it at once does not get it.
 pub(super) fn refuse(socket: &TcpStream) {
+    // Bytes that nobody read would make the end a reset, in which these words may be lost.
+    let _ = rustix::net::recv(socket, &mut [0_u8; LOOK_MAX], RecvFlags::DONTWAIT);
     let _ = socket.try_write(TOO_SLOW);
 }
 
