@@ -149,7 +149,7 @@ proptest! {
                 Act::Submit(request) => {
                     let request = EngineRequest { id: RequestId(id), ..*request };
                     match engine.submit(request.clone()) {
-                        Ok(()) => drop(accepted.insert(request.id, request)),
+                        Ok(()) => _ = accepted.insert(request.id, request),
                         Err(RequestError::ContextExceeded { .. }) => {}
                         Err(other) => prop_assert!(false, "{other}"),
                     }
@@ -160,8 +160,12 @@ proptest! {
                     step(&mut engine, &mut events);
                     prop_assert!(!is_alive || has_ended(&events, RequestId(id)), "it ends with the next step");
                 }
-                Act::Step(n) => (0..n).for_each(|_| drop(step(&mut engine, &mut events))),
-                Act::DropCache => drop(engine.drop_prefix_cache()),
+                Act::Step(n) => {
+                    for _ in 0..n {
+                        step(&mut engine, &mut events);
+                    }
+                }
+                Act::DropCache => _ = engine.drop_prefix_cache(),
             }
         }
         let mut n_steps = 0;
@@ -203,6 +207,12 @@ fn has_ended(events: &[EngineEvent], wanted: RequestId) -> bool {
 fn alone_with(request: &EngineRequest, n_limit: usize) -> Told {
     let room = (n_limit - request.prompt.len()) as u32;
     alone(EngineRequest { max_tokens: request.max_tokens.min(room), ..request.clone() })
+}
+
+fn steps(engine: &mut LlmEngine<Delayed>, events: &mut Vec<EngineEvent>, n: usize) {
+    for _ in 0..n {
+        engine.step(events).unwrap();
+    }
 }
 
 fn tokens_of(events: &[EngineEvent], wanted: u64) -> Vec<u32> {
@@ -260,7 +270,7 @@ fn a_cancelled_sequence_frees_its_blocks_with_the_next_step_though_it_is_in_one(
     engine.submit(request(1, &[1; 100], 100)).unwrap();
     engine.submit(request(2, &[2; 10], 100)).unwrap();
     let mut events = vec![];
-    (0..3).for_each(|_| drop(engine.step(&mut events).unwrap()));
+    steps(&mut engine, &mut events, 3);
     engine.cancel(RequestId(1));
     let before = events.len();
     engine.step(&mut events).unwrap();
@@ -284,7 +294,7 @@ fn a_sequence_that_is_held_to_a_form_sits_out_every_other_step_of_a_company() {
         (0..n_free).for_each(|id| engine.submit(request(id, &[1, id as u32], 100)).unwrap());
         (n_free..n_free + n_held).for_each(|id| engine.submit(held(id)).unwrap());
         let mut events = vec![];
-        (0..n_steps).for_each(|_| drop(engine.step(&mut events).unwrap()));
+        steps(&mut engine, &mut events, n_steps);
         let all: Vec<usize> = (0..n_free + n_held).map(|id| tokens_of(&events, id).len()).collect();
         (all, engine.model().most)
     };
@@ -355,7 +365,7 @@ fn a_step_for_the_host_waits_for_those_under_way() {
     let mut engine = ahead(64, EngineOptions::default());
     engine.submit(request(1, &[1, 2, 3], 20)).unwrap();
     let mut events = vec![];
-    (0..4).for_each(|_| drop(engine.step(&mut events).unwrap()));
+    steps(&mut engine, &mut events, 4);
     engine.submit(EngineRequest { task: Task::Embed, ..request(2, &[5, 6, 7], 1) }).unwrap();
     while engine.step(&mut events).unwrap().busy {}
     let mut told = BTreeMap::new();

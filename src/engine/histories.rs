@@ -50,6 +50,11 @@ impl Histories {
             held.n_counted = Some(n_emitted);
         }
     }
+
+    /// Steps were lost: nobody knows what the device has counted.
+    pub(super) fn forget_counts(&mut self) {
+        self.held.values_mut().for_each(|held| held.n_counted = None);
+    }
 }
 
 #[cfg(test)]
@@ -67,6 +72,9 @@ mod tests {
         // The step was lost, or the host chose a token: what is counted is not what was emitted.
         assert_eq!(histories.slot(key(1), 0, all), (0, false));
         assert_eq!(histories.slot(key(1), 2, all), (0, false));
+        histories.counts(key(1), 2);
+        histories.forget_counts();
+        assert_eq!(histories.slot(key(1), 2, all), (0, false), "what is counted is not known");
         assert_eq!(histories.slot(key(2), 7, all), (1, false));
         assert_eq!(histories.slot(key(3), 7, |other| other != key(1)), (0, false), "the first does not run any more");
         histories.counts(key(1), 1);

@@ -149,8 +149,12 @@ impl Sampling {
         }
         let limits = self.sampler.limits;
         let packed = sample::pack(&requests(rows), &limits)?;
+        if self.announced.take().is_some() {
+            // A step that failed as it began: the device may be reading what is about to be written.
+            kernels.gpu().synchronize()?;
+        }
         // The step before the last is over: its tokens were taken.
-        self.turn = 1 - self.turn;
+        self.turn = 1 - self.flights.back().map_or(self.turn, |flight| flight.turn);
         let turn = &mut self.turns[self.turn];
         turn.rows[..rows.len()].copy_from_slice(&packed.rows);
         turn.bias_ids[..packed.bias_ids.len()].copy_from_slice(&packed.bias_ids);

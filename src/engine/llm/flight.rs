@@ -87,6 +87,7 @@ impl<M: StepModel> LlmEngine<M> {
                     let _ = self.model.collect();
                 }
                 self.scheduler.forget_begun();
+                self.histories.forget_counts();
                 return Err(error);
             }
         };
