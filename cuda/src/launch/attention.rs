@@ -196,7 +196,7 @@ impl Attention<'_> {
     pub fn prefill(&self, kernels: &Kernels, items: &Buffer<i32>, n_items: usize) -> Result<(), CudaError> {
         self.check(items, n_items)?;
         let name = prefill_name(self.kv.format, self.heads.head_dim);
-        let shared = 2 * self.stage_bytes() + merged_bytes(self.kv.format, self.heads.head_dim);
+        let shared = self.prefill_bytes(kernels);
         let kernel = kernels.get("attention_prefill", name, shared)?;
         let grid = (n_items as u32, self.heads.n_kv_heads as u32, 1);
         let block = (PREFILL_THREADS as u32, 1, 1);
@@ -234,6 +234,15 @@ impl Attention<'_> {
         let kernel = kernels.get("attention_decode", merge, 0)?;
         // SAFETY: as above.
         unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args)) }
+    }
+
+    /// Shared memory of a prefill block: two stages and the merged sums of 64 rows, as `attention_prefill.cu` has them for the chip.
+    fn prefill_bytes(&self, kernels: &Kernels) -> u32 {
+        let head_dim = self.heads.head_dim;
+        if self.kv.format == KvFormat::F16 && head_dim >= 32 && kernels.has_wgmma() {
+            return (2 * 2 * TILE * 2 * head_dim + PREFILL_ROWS * 4 * head_dim) as u32;
+        }
+        2 * self.stage_bytes() + merged_bytes(self.kv.format, head_dim)
     }
 
     /// Shared memory of a tile of keys and one of values. Mirrors `STAGE` of `attention.cuh`.
