@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(256) peak_multiply(float *sink, int
     for (int step = 0; step < n_steps; step++) {
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < 32; i++) wgmma_64x128x16(d, a, at + 2 * (i % 4)); // 32 bytes are 16 k
+        for (int i = 0; i < 32; i++) wgmma_16(d, a, at + 2 * (i % 4)); // 32 bytes are 16 k
         wgmma_commit();
         wgmma_wait<0>();
     }

@@ -196,7 +196,11 @@ impl Attention<'_> {
     pub fn prefill(&self, kernels: &Kernels, items: &Buffer<i32>, n_items: usize) -> Result<(), CudaError> {
         self.check(items, n_items)?;
         let name = prefill_name(self.kv.format, self.heads.head_dim);
-        let shared = 2 * self.stage_bytes() + merged_bytes(self.kv.format, self.heads.head_dim);
+        let slabs = self.kv.format == KvFormat::F16 && self.heads.head_dim >= SLAB && kernels.has_wgmma();
+        let shared = match slabs {
+            true => slab_bytes(self.heads.head_dim),
+            false => 2 * self.stage_bytes() + merged_bytes(self.kv.format, self.heads.head_dim),
+        };
         let kernel = kernels.get("attention_prefill", name, shared)?;
         let grid = (n_items as u32, self.heads.n_kv_heads as u32, 1);
         let block = (PREFILL_THREADS as u32, 1, 1);
@@ -293,6 +297,15 @@ impl Attention<'_> {
 fn merged_bytes(format: KvFormat, head_dim: usize) -> u32 {
     let eights = if (format, head_dim) == (KvFormat::F16, 128) { 12 } else { head_dim / 8 };
     (2 * eights * PREFILL_THREADS * 8) as u32
+}
+
+/// Elements of a row that a warpgroup's kernel keeps together: smaller heads have none.
+const SLAB: usize = 32;
+
+/// Shared memory of a prefill block whose warps are a warpgroup: two stages of keys and values, and 64 rows of merged sums. Mirrors
+/// `Slabs` of `attention_prefill.cu`.
+fn slab_bytes(head_dim: usize) -> u32 {
+    (2 * 2 * TILE * 2 * head_dim + PREFILL_ROWS * 4 * head_dim) as u32
 }
 
 macro_rules! names {

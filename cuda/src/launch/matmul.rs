@@ -235,7 +235,10 @@ impl Product<'_> {
         };
         let info = kernels.gpu().info();
         if matches!(self.experts, Experts::One) && self.n >= WIDE_COLUMNS && kernels.has_wgmma() {
-            return Plan::Wide(wide::choose(self.matrix.kind(), shape.n_stripes, self.n, info.n_sms as usize));
+            let wide = wide::choose(self.matrix.kind(), shape.n_stripes, self.n, info.n_sms as usize);
+            if let Some(wide) = wide {
+                return Plan::Wide(wide);
+            }
         }
         match plan(shape.n_stripes, shape.n_tiles, n, info.n_sms as usize, column_tile) {
             Plan::Large { columns, splits } if column_tile.is_none() => {

@@ -53,17 +53,18 @@ struct Mapped {
     swizzle: sys::CUtensorMapSwizzle,
 }
 
-/// How a product of `n` columns is run: the cheapest by rounds of cells over the device.
+/// How a product of `n` columns is run: the cheapest by rounds of cells over the device; none where two thirds of it would be idle,
+/// for the other kernel can give the chunks of a sum to blocks of their own.
 ///
 /// Llama-3-8B's 4096 x 4096 at 512 columns is 32 rows of cells: with 128 columns a block they are one round of 64 clusters. At
 /// 256 columns half of the device would be idle, and blocks of 64 columns are the better choice.
-pub(super) fn choose(kind: Kind, n_stripes: usize, n: usize, n_sms: usize) -> Wide {
+pub(super) fn choose(kind: Kind, n_stripes: usize, n: usize, n_sms: usize) -> Option<Wide> {
     let rows = n_stripes.div_ceil(STRIPES_PER_BLOCK);
-    let cost = |wide: &Wide| {
-        let cells = rows * n.div_ceil(wide.columns * CLUSTER);
-        cells.div_ceil((n_sms / CLUSTER).max(1)) * round_cost(kind, wide.columns)
-    };
-    [192, 128, 64].map(|columns| Wide { columns }).into_iter().min_by_key(cost).expect("there are some")
+    let at_once = (n_sms / CLUSTER).max(1);
+    let cells = |columns: usize| rows * n.div_ceil(columns * CLUSTER);
+    let cost = |wide: &Wide| cells(wide.columns).div_ceil(at_once) * round_cost(kind, wide.columns);
+    let best = [192, 128, 64].map(|columns| Wide { columns }).into_iter().min_by_key(cost);
+    best.filter(|_| 3 * cells(64) >= at_once)
 }
 
 /// Time of a round of blocks, one of 64 columns 100: measured on an H200 over the shapes of Phi-3-mini and Llama-3-8B. Turning
@@ -192,12 +193,13 @@ mod tests {
 
     #[test]
     fn cells_fill_the_device() {
-        let columns = |kind, n_stripes, n| choose(kind, n_stripes, n, 132).columns;
-        assert_eq!(columns(Kind::F16, 256, 512), 128); // 64 clusters, one round
-        assert_eq!(columns(Kind::F16, 256, 256), 64); // 64 again
-        assert_eq!(columns(Kind::F16, 1792, 4096), 128);
-        assert_eq!(columns(Kind::Q6, 576, 4096), 192);
-        assert_eq!(columns(Kind::Q4, 1, 129), 64);
+        let columns = |kind, n_stripes, n| choose(kind, n_stripes, n, 132).map(|wide| wide.columns);
+        assert_eq!(columns(Kind::F16, 256, 512), Some(128)); // 64 clusters, one round
+        assert_eq!(columns(Kind::F16, 256, 256), Some(64)); // 64 again
+        assert_eq!(columns(Kind::F16, 1792, 4096), Some(128));
+        assert_eq!(columns(Kind::Q6, 576, 4096), Some(192));
+        assert_eq!(columns(Kind::Q4, 56, 256), None); // Qwen2.5-0.5B's 896 rows: 14 clusters
+        assert_eq!(columns(Kind::Q4, 56, 512), Some(64));
     }
 
     #[test]
