@@ -56,8 +56,9 @@ enum Mode {
     Delay {
         #[arg(long, default_value_t = 10)]
         seconds: u64,
-        /// Streams that share the tokens.
-        #[arg(long, default_value_t = 100)]
+        /// Streams that share the tokens. They come in steps of one for each stream, as a GPU makes them: the last of a step
+        /// waits for all others.
+        #[arg(long, default_value_t = 64)]
         streams: u64,
     },
     /// 20 times as many requests as can be done.
@@ -98,7 +99,7 @@ fn main() {
     raise_descriptors();
     let reports = match args.mode {
         None => {
-            run(2, async { vec![speed::throughput(5).await, speed::delay(5, 100).await, speed::overload(10).await] })
+            run(2, async { vec![speed::throughput(5).await, speed::delay(5, 64).await, speed::overload(10).await] })
         }
         Some(Mode::Throughput { seconds }) => run(2, async { vec![speed::throughput(seconds).await] }),
         Some(Mode::Delay { seconds, streams }) => run(2, async { vec![speed::delay(seconds, streams).await] }),

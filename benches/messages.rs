@@ -250,6 +250,7 @@ fn direct_engine() -> LlmEngine<Runner<CpuBackend>> {
         incarnation: 1,
         device: DeviceId::cpu(),
         source: ModelSource::Embedded("basho".into()),
+        memory_bytes_max: None,
         kv_type: config.kv_type,
         context: config.context,
         max_sequences: config.max_sequences,
@@ -328,6 +329,7 @@ fn plan_of(model: &Model) -> Plan {
         replicas: model.replicas,
         priority: 0,
         kv_budget_bytes: None,
+        memory_limit: None,
         demand: sizing::demand(model, &describe(&embedded()).expect("the embedded file is sound")).expect("it fits"),
         current: Vec::new(),
     };

@@ -29,14 +29,19 @@ fn main() -> ExitCode {
         println!(
             "cargo:warning=nvcc not found: this build has no GPU kernels (run cuda/toolchain.sh, or set CUDA_HOME)"
         );
-        write_index(&out_dir, &[], "none: nvcc was in neither CUDA_HOME, PATH nor .cuda/ when this binary was built");
+        write_index(
+            &out_dir,
+            &[],
+            "",
+            "none: nvcc was in neither CUDA_HOME, PATH nor .cuda/ when this binary was built",
+        );
         return ExitCode::SUCCESS;
     };
     let sources = kernel_sources(&crate_dir.join("kernels"));
     let archs = env::var("PLAYHOUSE_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.to_owned());
     match compile_all(&nvcc, &sources, &out_dir, &archs) {
         Ok(()) => {
-            write_index(&out_dir, &sources, &format!("{} for sm_{{{archs}}}", nvcc.display()));
+            write_index(&out_dir, &sources, &archs, &format!("{} for sm_{{{archs}}}", nvcc.display()));
             ExitCode::SUCCESS
         }
         Err(messages) => {
@@ -133,7 +138,7 @@ fn fingerprint(source: &Path, archs: &str) -> String {
     texts.join("\n")
 }
 
-fn write_index(out_dir: &Path, sources: &[PathBuf], toolchain: &str) {
+fn write_index(out_dir: &Path, sources: &[PathBuf], archs: &str, toolchain: &str) {
     let rows: String = sources
         .iter()
         .map(|s| stem(s))
@@ -141,6 +146,7 @@ fn write_index(out_dir: &Path, sources: &[PathBuf], toolchain: &str) {
         .collect();
     let text = format!(
         "/// What compiled the kernels.\npub const TOOLCHAIN: &str = {toolchain:?};\n\
+         /// What they were compiled for, comma-separated.\npub const ARCHS: &str = {archs:?};\n\
          /// Kernel files by name, and their fatbins.\npub static FATBINS: &[(&str, &[u8])] = &[\n{rows}];\n"
     );
     fs::write(out_dir.join("fatbins.rs"), text).expect("OUT_DIR is writable");

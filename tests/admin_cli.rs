@@ -76,6 +76,7 @@ REPLICA  DEVICE        PHASE         PID  RESTARTS  RUN  WAIT   KV  STEP  LAST E
 qwen/0   GPU-5d5b0000  ready        4242         2    5     2  25%  12ms  ended by signal 9
 phi/0    GPU-5d5b0000  loading         -         0    0     -    -  -     -
 qwen/1   GPU-5d5b0001  quarantined     -         0    0     -    -  -     -
+GPU-5d5b0000 ran out of memory: 3 times request refused, 1 time started again with less KV
 GPU-5d5b0001 is quarantined: Xid(79)
 "
     );
@@ -89,7 +90,7 @@ fn ps_shows_a_tree() {
     let expected = format!(
         "\
 playhouse 0.1.0, process {pid}, up 3h01m, ready
-├─ GPU-5d5b0000  NVIDIA H200, 21.0G of 140.0G used, 2 failures (1 recent)
+├─ GPU-5d5b0000  NVIDIA H200, 21.0G of 140.0G used, 2 failures (1 recent), ran out of memory: 3 times request refused, 1 time started again with less KV
 │  ├─ qwen/0  ready, process 4242, 2 restarts, 5 running, 2 waiting, step 12ms, KV 25% of 8.0 GiB; last end: ended by signal 9
 │  └─ phi/0  loading
 ├─ GPU-5d5b0001  NVIDIA H200, 0.0G of 140.0G used, quarantined: Xid(79)
@@ -120,6 +121,7 @@ fn ps_prints_one_document() {
     assert_eq!(document["ready"], true);
     assert_eq!(document["host"]["pid"], std::process::id());
     assert_eq!(document["devices"][0]["replicas"][0]["pid"], 4242);
+    assert_eq!(document["devices"][0]["oom"]["refuse"], 3);
     assert_eq!(document["router"]["services"][1]["model"], "qwen");
     assert_eq!(document["inventory"][1]["uuid"], "GPU-5d5b0001");
 }
@@ -153,6 +155,23 @@ fn drain_waits_and_may_stop() {
     host.text(&["drain", "--timeout", "90s", "--stop"]);
     assert_eq!(host.house.asked(), ["drain None", "drain Some(90s)", "stop"]);
     assert_eq!(failure(&host.run(&["drain", "--timeout", "90"])).0, 2, "a duration has a unit");
+}
+
+#[test]
+fn a_drain_that_is_taken_back_says_so_and_is_75() {
+    let host = host(FakeHouse { drained: tokio::sync::Semaphore::new(0), ..FakeHouse::new() });
+    std::thread::scope(|scope| {
+        let draining = scope.spawn(|| failure(&host.run(&["drain", "--stop"])));
+        let begun = std::time::Instant::now();
+        while host.house.asked().is_empty() {
+            assert!(begun.elapsed() < DEADLINE, "it is never asked");
+        }
+        assert_eq!(host.text(&["undrain"]), "undrained: the host takes requests again\n");
+        let (code, words) = draining.join().expect("no panic");
+        assert_eq!(code, 75);
+        assert_eq!(words, "error: the drain was taken back before it was over: the host takes requests\n");
+    });
+    assert_eq!(host.house.asked(), ["drain None", "undrain"], "and does not stop");
 }
 
 #[test]
@@ -207,7 +226,7 @@ fn top_prints_one_frame_and_wants_a_terminal_for_more() {
 fn no_host_is_75_and_says_where_it_looked() {
     let folder = tempfile::tempdir().expect("a folder");
     let commands: &[&[&str]] =
-        &[&["ps"], &["top", "--once"], &["reload"], &["drain"], &["restart", "qwen"], &["events"]];
+        &[&["ps"], &["top", "--once"], &["reload"], &["drain"], &["undrain"], &["restart", "qwen"], &["events"]];
     for arguments in commands {
         let output = playhouse(folder.path()).args(*arguments).output().expect("the binary runs");
         let (code, words) = failure(&output);

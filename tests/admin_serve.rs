@@ -4,7 +4,7 @@
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -64,6 +64,36 @@ impl Stage {
         self.start(command)
     }
 
+    /// A host whose workers have faults on command.
+    fn serve_faulty(&self, faults: &str) -> Host {
+        let mut command = self.command();
+        command.arg("serve").arg(self.path("house.toml")).env("PLAYHOUSE_FAULTS", faults);
+        self.start(command)
+    }
+
+    /// Puts in the place of the configuration what gives it to a reader only when [`Stage::pass`] is called.
+    fn stall(&self) {
+        std::fs::remove_file(self.path("house.toml")).expect("there is one");
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, self.path("house.toml"), fifo, mode, 0).expect("makeable");
+    }
+
+    /// Gives the stalled reader what `was` in the file, after `then` is there for the next one.
+    fn pass(&self, was: &str, then: &[&str]) {
+        let mut stalled = std::fs::OpenOptions::new().write(true).open(self.path("house.toml")).expect("it is read");
+        std::fs::remove_file(self.path("house.toml")).expect("there is one");
+        self.write(then);
+        stalled.write_all(was.as_bytes()).expect("it is read");
+    }
+
+    /// The phase of the one replica, if the host answers.
+    fn phase(&self) -> Option<String> {
+        let output = self.run(&["ps", "--json"]);
+        let ps: Value = serde_json::from_slice(&output.stdout).ok()?;
+        Some(ps["devices"][0]["replicas"][0]["phase"].as_str()?.to_owned())
+    }
+
     fn start(&self, mut command: Command) -> Host {
         command.env("NOTIFY_SOCKET", self.path("notify"));
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the binary runs");
@@ -115,7 +145,7 @@ impl Stage {
             if let Some(answer) = ask() {
                 return answer;
             }
-            assert!(begun.elapsed() < DEADLINE, "never {what}: {}", self.ps());
+            assert!(begun.elapsed() < DEADLINE, "never {what}: {}", String::from_utf8_lossy(&self.run(&["ps"]).stdout));
         }
     }
 
@@ -185,7 +215,8 @@ fn a_drain_from_the_command_line_ends_the_host_with_0() {
     assert!(stage.text(&["ps"]).contains(", ready\n"));
     assert!(stage.text(&["ps", "--tree"]).contains("one/0  ready, process "));
     assert!(stage.text(&["top", "--once", "--interval", "100ms"]).contains("one/0"));
-    assert!(stage.text(&["events"]).contains("one/0 is ready after "));
+    let events = stage.text(&["events"]);
+    assert!(events.contains("one/0 starts on cpu (start 1)\n") && events.contains("one/0 is ready after "), "{events}");
     assert_eq!(stage.text(&["drain", "--stop"]), "drained: every stream finished\n");
     stage.wait_for("STOPPING");
     assert_eq!(host.end().code(), Some(0));
@@ -298,4 +329,141 @@ fn the_socket_of_a_killed_host_is_taken_over() {
     assert_eq!(stage.run(&["ps"]).status.code(), Some(75));
     let second = stage.ready();
     assert_eq!(stage.ps()["host"]["pid"], u64::from(second.child.id()));
+}
+
+#[test]
+fn a_reload_by_the_admin_socket_is_told_to_the_service_manager() {
+    let stage = Stage::new(&["one"]);
+    let _host = stage.ready();
+    stage.text(&["reload", "--dry-run"]);
+    assert_eq!(stage.text(&["reload"]), "kept         one/0\nstopped      nothing\nstarted      nothing\n");
+    let message = stage.wait_for("RELOADING");
+    assert!(message["MONOTONIC_USEC"].parse::<u64>().is_ok(), "{message:?}");
+    stage.wait_for("READY");
+}
+
+/// The file is one that never comes, as on a network that is gone.
+#[test]
+fn a_stop_does_not_wait_for_a_reload() {
+    let stage = Stage::new(&["one"]);
+    let mut host = stage.ready();
+    stage.stall();
+    host.signal(Signal::HUP);
+    stage.wait_for("RELOADING");
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| stage.run(&["reload"]));
+        host.logged("the admin socket asks for a reload");
+        host.signal(Signal::TERM);
+        stage.wait_for("STOPPING");
+        assert_eq!(host.end().code(), Some(0));
+        let output = waiting.join().expect("no panic");
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.status.code(), words.as_str()), (Some(75), "error: the host is stopping\n"));
+    });
+}
+
+#[test]
+fn who_asks_for_a_reload_while_one_is_under_way_gets_the_next_one() {
+    let stage = Stage::new(&["one"]);
+    let host = stage.ready();
+    let before = stage.worker("one").expect("ready");
+    let was = std::fs::read_to_string(stage.path("house.toml")).expect("there is one");
+    stage.stall();
+    host.signal(Signal::HUP);
+    stage.wait_for("RELOADING");
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| stage.text(&["reload"]));
+        host.logged("the admin socket asks for a reload");
+        assert_eq!(stage.worker("one"), Some(before), "everything else goes on meanwhile");
+        stage.pass(&was, &["one", "two"]);
+        let did = waiting.join().expect("no panic");
+        assert_eq!(did, "kept         one/0\nstopped      nothing\nstarted      two/0\n");
+    });
+    // The end of the first, then the second.
+    stage.wait_for("READY");
+    stage.wait_for("RELOADING");
+    stage.wait_for("READY");
+    assert_eq!(stage.worker("one"), Some(before));
+}
+
+#[test]
+fn a_bad_model_file_at_a_reload_is_named_and_changes_nothing() {
+    let stage = Stage::new(&["one"]);
+    let _host = stage.ready();
+    let before = stage.worker("one").expect("ready");
+    let good = std::fs::read_to_string(stage.path("house.toml")).expect("there is one");
+    let bad = stage.path("bad.gguf");
+    std::fs::write(&bad, "GGUF, or is it").expect("writable");
+    for (file, code) in [("bad.gguf", 65), ("missing.gguf", 66)] {
+        let text = format!("{good}[[model]]\nname = \"two\"\npath = \"{file}\"\ndevices = \"cpu\"\n");
+        std::fs::write(stage.path("house.toml"), text).expect("writable");
+        let output = stage.run(&["reload"]);
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{words}");
+        let path = stage.path(file).display().to_string();
+        assert!(words.starts_with("error: model `two` (") && words.contains(&path), "{words}");
+        assert_eq!(stage.worker("one"), Some(before));
+    }
+    // A setting that does not suit the file is the configuration's fault.
+    std::fs::write(stage.path("house.toml"), good.replace("context = 256", "context = 100000")).expect("writable");
+    let output = stage.run(&["reload"]);
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(78), "{words}");
+    assert!(words.contains("model `one`: context is 100000, expected 1 to 256"), "{words}");
+    assert_eq!(stage.worker("one"), Some(before));
+}
+
+#[test]
+fn a_drain_can_be_taken_back() {
+    let stage = Stage::new(&["one"]);
+    let mut host = stage.ready();
+    stage.text(&["drain"]);
+    assert!(stage.text(&["ps"]).contains(", draining\n"));
+    assert_eq!(stage.text(&["undrain"]), "undrained: the host takes requests again\n");
+    assert!(stage.text(&["ps"]).contains(", ready\n"));
+    assert_eq!(stage.text(&["uncordon"]), "the host was not draining: it takes requests\n");
+    host.signal(Signal::TERM);
+    assert_eq!(host.end().code(), Some(0));
+}
+
+/// In a process, which is killed, and on a thread, which leaves its load half way.
+#[test]
+fn a_stop_does_not_wait_for_a_load() {
+    for (isolation, fault) in [("process", "never-ready"), ("thread", "slow-load=300")] {
+        let stage = Stage::new(&["one"]);
+        let text = std::fs::read_to_string(stage.path("house.toml")).expect("there is one");
+        std::fs::write(stage.path("house.toml"), text.replace("process", isolation)).expect("writable");
+        let mut host = stage.serve_faulty(fault);
+        stage.until("loading", || stage.phase().filter(|phase| phase == "loading"));
+        host.signal(Signal::TERM);
+        stage.wait_for("STOPPING");
+        let begun = Instant::now();
+        assert_eq!(host.end().code(), Some(0), "{isolation}");
+        // A second, and what a busy machine takes; the load of the thread takes twenty.
+        assert!(begun.elapsed() < Duration::from_secs(5), "{isolation}: {:?}", begun.elapsed());
+    }
+}
+
+#[test]
+fn a_supervisor_that_gives_up_is_70_and_the_log_says_why() {
+    let stage = Stage::new(&["one"]);
+    let text = std::fs::read_to_string(stage.path("house.toml")).expect("there is one");
+    let limits =
+        "[supervision]\nmax_restarts = 2\nload_timeout = \"500ms\"\nbackoff = { min = \"1ms\", max = \"2ms\" }\n";
+    std::fs::write(stage.path("house.toml"), text + limits).expect("writable");
+    let mut host = stage.serve_faulty("never-ready");
+    host.logged("a worker starts");
+    host.logged("a device is given up");
+    host.logged("error: the supervisor gave up: every device is quarantined");
+    assert_eq!(host.end().code(), Some(70));
+}
+
+#[test]
+fn the_log_shows_how_a_load_gets_on() {
+    let stage = Stage::new(&["one"]);
+    let host = stage.serve();
+    for phase in ["Open", "Weights", "Allocate", "Ready"] {
+        host.logged(&format!("loading replica=one/0 phase={phase} bytes_done="));
+    }
+    host.logged("a worker takes requests replica=one/0 after=");
 }

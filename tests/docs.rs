@@ -5,9 +5,11 @@
 //! because what it shows needs hours, a GPU or a download. Lines of `sh` blocks that start with neither `playhouse` nor
 //! `cargo run --release --` are the reader's own (building, testing) and are not run.
 
+use playhouse_config::Config;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -253,6 +255,15 @@ fn the_unit_asks_for_what_the_program_does() {
     assert_eq!(value("RestartPreventExitStatus"), "2 65 66 78");
     assert_eq!(value("KillMode"), "mixed", "the first SIGTERM is for the host alone");
     assert_eq!(value("OOMPolicy"), "continue", "a worker's end is no end of the service");
+    let seconds = |key: &str| match value(key).split_once(|unit: char| unit.is_alphabetic()) {
+        Some((number, "")) => number.parse().expect("a number"),
+        Some((number, "in")) => number.parse::<u64>().expect("a number") * 60,
+        other => panic!("{key} is {other:?}"),
+    };
+    let Config { host, supervision, .. } = Config::default();
+    let needed = host.drain + supervision.shutdown;
+    assert!(Duration::from_secs(seconds("TimeoutStopSec")) > needed, "a drain and the workers' end take {needed:?}");
+    assert!(Duration::from_secs(seconds("WatchdogSec")) > supervision.heartbeat * 10, "the watchdog is patient");
     let command = value("ExecStart").strip_prefix("/usr/local/bin/").expect("an absolute path");
     playhouse::cli::command().try_get_matches_from(command.split(' ')).expect("the command line is right");
     // What would keep CUDA from working.
@@ -275,7 +286,10 @@ fn systemd_understands_the_unit() {
     // It looks for the programs; they need not be installed here.
     let here = env!("CARGO_BIN_EXE_playhouse");
     let text = read(&root().join("docs/systemd/playhouse.service"));
-    let text = text.replace("/usr/local/bin/playhouse", here).replace("/usr/bin/nvidia-modprobe", here);
+    let text = text
+        .replace("/usr/local/bin/playhouse", here)
+        .replace("/usr/bin/nvidia-modprobe", here)
+        .replace("/usr/bin/nvidia-smi", here);
     // `notify-reload` is newer than some systemds that are about.
     let text = if version < 253 { text.replace("Type=notify-reload", "Type=notify") } else { text };
     fs::write(&unit, text).expect("writable");

@@ -7,6 +7,7 @@ use playhouse::client::{Event, GenerateRequest, Outcome, Prompt, RequestError};
 use playhouse::host::{NotReady, Parts, Playhouse, ReloadError};
 use playhouse::worker::Workers;
 use playhouse_actors::messages::{Failure, Phase, Refusal, StreamEvent};
+use playhouse_actors::policy::ladder::{Rung, RungCounts};
 use playhouse_actors::policy::outcome::WorkerEnd;
 use playhouse_actors::{Generate, HouseEvent};
 use rustix::process::Signal;
@@ -120,6 +121,41 @@ async fn out_of_memory_in_a_step_restarts_nothing() {
     assert_eq!(run(&house, "basho", request(8)).await, expected);
     let status = within(house.status()).await.expect("running");
     assert_eq!(status.replicas().next().expect("one replica").incarnation, 1);
+    // Told with the next heartbeat, which may have been before this.
+    within(async {
+        while house.tree().log().recent().iter().all(|stamped| !is_rung(&stamped.event, Rung::DropPrefixCache)) {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let status = within(house.status()).await.expect("running");
+    assert_eq!(status.devices[0].oom, RungCounts { drop_prefix_cache: 1, ..RungCounts::default() });
+    within(house.stop()).await;
+}
+
+fn is_rung(event: &HouseEvent, wanted: Rung) -> bool {
+    matches!(event, HouseEvent::OutOfMemory { rung, .. } if *rung == wanted)
+}
+
+#[tokio::test]
+async fn out_of_memory_in_steps_is_counted_by_what_was_given_up() {
+    let house = open_faulty(&one(), "oom-from-step=6#1").await;
+    within(house.ready()).await.expect("it loads");
+    let model = house.model("basho").expect("configured");
+    let mut streams = Vec::new();
+    for seed in 0..3 {
+        streams.push(
+            within(model.generate(GenerateRequest { ignore_eos: true, ..request(seed) })).await.expect("accepted"),
+        );
+    }
+    let mut n_refused = 0;
+    for stream in streams {
+        let choices = within(stream.collect()).await.expect("it ends");
+        n_refused += u64::from(matches!(choices[0].end.outcome, Outcome::Failed(Failure::Request(_))));
+    }
+    let status = within(house.status()).await.expect("running");
+    let expected = RungCounts { drop_prefix_cache: 1, refuse: n_refused, shrink_kv: 1, ..RungCounts::default() };
+    assert_eq!(status.devices[0].oom, expected, "the worker's own rungs, and then the supervisor's");
     within(house.stop()).await;
 }
 

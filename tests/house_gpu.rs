@@ -14,10 +14,10 @@ use playhouse::host::{Parts, Playhouse};
 use playhouse::worker::Workers;
 use playhouse_actors::HouseEvent;
 use playhouse_actors::inventory::{Device, Inventory};
-use playhouse_actors::messages::ReplicaId;
+use playhouse_actors::messages::{Phase, ReplicaId};
 use playhouse_actors::policy::outcome::WorkerEnd;
 use rustix::process::Signal;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,8 +51,19 @@ async fn open_on(devices: &[Device], faults: &str) -> Playhouse {
     let workers = Workers::new(Some(BINARY.into())).env("PLAYHOUSE_FAULTS", faults);
     let parts = Parts { factory: Some(Arc::new(workers)), ..Parts::default() };
     let house = Playhouse::open_with(config(&text(devices)), parts).await.expect("the house opens");
+    let mut events = house.events();
     within(house.ready()).await.expect("the models load");
+    // That is one replica of each model. Here all are to be there: one that still loads has not taken its memory.
+    let n_ready = || async { workers_ready(&house).await };
+    while n_ready().await < devices.len() {
+        event(&mut events, |event| matches!(event, HouseEvent::WorkerReady { .. }).then_some(())).await;
+    }
     house
+}
+
+async fn workers_ready(house: &Playhouse) -> usize {
+    let status = within(house.status()).await.expect("running");
+    status.replicas().filter(|replica| replica.phase == Phase::Ready).count()
 }
 
 /// What each seed gives while nothing happens: on one GPU, whichever it is.
@@ -232,21 +243,46 @@ fn nvml_and_cuda_agree_whatever_is_visible() {
             .expect("the host starts");
         let deadline = Instant::now() + DEADLINE;
         let wanted = if visible == shuffled { devices.len() } else { 1 };
-        let ready = loop {
+        let ready: Vec<(String, String)> = loop {
             let out = Command::new(BINARY)
                 .args(["ps", "--json", "--socket"])
                 .arg(folder.path().join("admin.sock"))
                 .output()
                 .expect("ps runs");
-            let ready = String::from_utf8_lossy(&out.stdout).matches("\"phase\": \"ready\"").count();
-            if ready == wanted || Instant::now() > deadline {
-                break ready;
+            // The document, not its text: the progress of a load has a phase that is called ready, too.
+            let replicas = replicas_of(&out.stdout);
+            let ready = replicas.iter().filter(|(_, phase)| phase == "ready").count();
+            if (ready == wanted && replicas.len() == wanted) || Instant::now() > deadline {
+                break replicas;
             }
         };
         host.kill().expect("it runs");
         host.wait().expect("it ends");
-        assert_eq!(ready, wanted, "CUDA_VISIBLE_DEVICES={visible}");
+        let found: BTreeSet<&str> = ready.iter().map(|(device, _)| device.as_str()).collect();
+        let expected: BTreeSet<&str> = match visible {
+            "0" => BTreeSet::from([uuids[0]]),
+            one if uuids.contains(&one) => BTreeSet::from([one]),
+            _ => uuids.iter().copied().collect(),
+        };
+        assert_eq!((ready.len(), found), (wanted, expected), "CUDA_VISIBLE_DEVICES={visible}: {ready:?}");
     }
+}
+
+/// The device and phase of each replica that `ps --json` shows; none while there is no host to ask.
+fn replicas_of(document: &[u8]) -> Vec<(String, String)> {
+    let Ok(ps) = serde_json::from_slice::<serde_json::Value>(document) else { return Vec::new() };
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let devices = ps["devices"].as_array().into_iter().flatten();
+    let replicas = devices.flat_map(|device| device["replicas"].as_array().into_iter().flatten());
+    replicas.map(|replica| (text(&replica["device"]), text(&replica["phase"]))).collect()
+}
+
+#[test]
+fn a_load_that_is_ready_is_not_a_replica_that_is() {
+    let document = br#"{"devices": [{"replicas": [
+        {"device": "GPU-1", "phase": "ready", "progress": {"phase": "ready", "bytes_done": 1}}]}]}"#;
+    assert_eq!(replicas_of(document), [("GPU-1".to_owned(), "ready".to_owned())]);
+    assert!(replicas_of(b"no host answers").is_empty());
 }
 
 /// A stream's first token after the start of a worker: the time from nothing to text.

@@ -5,7 +5,9 @@
 
 mod engine_support;
 
+use engine_support::delayed::Delayed;
 use engine_support::{FakeModel, Told, drain, request};
+use playhouse::backend::{BackendError, Batch, MemoryUse};
 use playhouse::engine::{
     DeviceName, DeviceOptions, EngineOptions, LlmEngine, RunnerLimits, StepCapacity, StepModel, load_model,
 };
@@ -32,11 +34,17 @@ fn subjects() -> Vec<Subject> {
         n_vocab: 97,
         load: Box::new(|capacity| Box::new(FakeModel::new(capacity)) as Box<dyn StepModel>),
     };
+    let late = Subject {
+        name: "fake, a step behind".into(),
+        n_vocab: 97,
+        load: Box::new(|capacity| Box::new(Delayed::new(FakeModel::new(capacity))) as Box<dyn StepModel>),
+    };
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models");
     let mut files: Vec<PathBuf> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.retain(|file| file.extension().is_some_and(|extension| extension == "gguf"));
     files.sort();
-    let mut subjects: Vec<Subject> = std::iter::once(fake).chain(files.iter().map(|file| checkpoint(file))).collect();
+    let mut subjects: Vec<Subject> =
+        [fake, late].into_iter().chain(files.iter().map(|file| checkpoint(file))).collect();
     match DeviceName::find("gpu") {
         Ok(device) => subjects.extend(files.iter().map(|file| on_device(file, device.clone()))),
         Err(reason) => println!("nothing runs on a GPU: {reason}"),
@@ -85,7 +93,7 @@ impl Subject {
 
     /// Prefill chunks to try. Single tokens are for the fake, which is a thousand times as fast.
     fn chunks(&self) -> &'static [usize] {
-        if self.name == "fake" { &[1, 7, 16, 33, 512] } else { &[16, 33, 512] }
+        if self.name.starts_with("fake") { &[1, 7, 16, 33, 512] } else { &[16, 33, 512] }
     }
 
     fn alone(&self, request: EngineRequest, options: EngineOptions) -> Bits {
@@ -179,6 +187,54 @@ fn the_prefix_cache_changes_nothing() {
             }
             let n_full = (request.prompt.len() as u64 - 1) / 32 * 32;
             assert_eq!(engine.stats().prefix_hits, 2 * n_full, "the cache was in use");
+        }
+    }
+}
+
+/// A model that leaves the choice of tokens to the engine.
+struct ChosenHere(Box<dyn StepModel>);
+
+impl StepModel for ChosenHere {
+    fn n_vocab(&self) -> usize {
+        self.0.n_vocab()
+    }
+
+    fn n_ctx(&self) -> usize {
+        self.0.n_ctx()
+    }
+
+    fn capacity(&self) -> StepCapacity {
+        self.0.capacity()
+    }
+
+    fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), BackendError> {
+        self.0.run(batch, logits)
+    }
+
+    fn hidden(&mut self, rows: &[u32], hidden: &mut Vec<f32>) -> Result<(), BackendError> {
+        self.0.hidden(rows, hidden)
+    }
+
+    fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), BackendError> {
+        self.0.copy_blocks(pairs)
+    }
+
+    fn memory(&self) -> MemoryUse {
+        self.0.memory()
+    }
+}
+
+#[test]
+fn choosing_on_the_device_or_here_changes_nothing() {
+    for subject in subjects() {
+        let capacity = StepCapacity { n_kv_blocks: 64, max_batch_tokens: 512, max_logit_rows: 48 };
+        let mut here = LlmEngine::new(ChosenHere((subject.load)(capacity)), EngineOptions::default());
+        for (request, expected) in subject.baseline() {
+            here.submit(request.clone()).unwrap();
+            assert_eq!(only(drain(&mut here)), expected, "{} chosen here {:?}", subject.name, request.id);
+            let in_step = EngineOptions { step_ahead: false, ..EngineOptions::default() };
+            let found = subject.alone(request.clone(), in_step);
+            assert_eq!(found, expected, "{} one step at a time {:?}", subject.name, request.id);
         }
     }
 }

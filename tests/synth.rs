@@ -27,6 +27,7 @@ fn logits(file: &GgufFile) -> Vec<f32> {
         slots: (0..N_TOKENS as u32).collect(),
         spans: vec![SeqSpan { first: 0, n_tokens: N_TOKENS, kv_len: N_TOKENS, blocks: vec![0] }],
         logit_rows: vec![N_TOKENS as u32 - 1],
+        feeds: Vec::new(),
     };
     let mut logits = Vec::new();
     runner.run(&batch, &mut logits).unwrap();

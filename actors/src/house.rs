@@ -31,15 +31,19 @@ use crate::router::{Router, RouterArgs, RouterHandle, RouterMsg};
 use crate::stream::TokenStream;
 use playhouse_config::checked::Isolation;
 use playhouse_config::{Config, Model, Supervision};
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SpawnErr, SupervisionEvent};
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, ActorStatus, RpcReplyPort, SpawnErr, SupervisionEvent};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::broadcast;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 /// How long an actor may take to say how it is.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often it is looked whether there is a router again.
+const ROUTER_LOOK: Duration = Duration::from_millis(20);
 
 /// What the house is told.
 #[derive(Debug)]
@@ -210,10 +214,19 @@ impl HouseHandle {
     /// Takes no more requests and waits until the open ones have ended, or ends them when the time is up. The tree goes on,
     /// and takes no requests, until it is stopped or [`HouseHandle::undrain`] is called.
     pub async fn drain(&self, deadline: Duration) -> Drained {
-        let empty = Drained::Empty { ended: 0 };
-        let Some(router) = self.router.current() else { return empty };
-        let message = |reply| RouterMsg::Drain { deadline, reply };
-        ractor::rpc::call(&router, message, None).await.ok().and_then(answer).unwrap_or(empty)
+        let until = Instant::now() + deadline;
+        while self.actor.get_status() < ActorStatus::Stopping {
+            if let Some(router) = self.router.current() {
+                let deadline = until.saturating_duration_since(Instant::now());
+                let message = |reply| RouterMsg::Drain { deadline, reply };
+                if let Some(drained) = ractor::rpc::call(&router, message, None).await.ok().and_then(answer) {
+                    return drained;
+                }
+            }
+            // That router died; the next one is there in a moment.
+            tokio::time::sleep(ROUTER_LOOK).await;
+        }
+        Drained::Empty { ended: 0 }
     }
 
     /// Takes requests again after a drain, or in the middle of one. Whether there was one.
@@ -711,6 +724,7 @@ fn placed_of(config: &Config, plan: &Plan) -> BTreeMap<DeviceId, Vec<Placed>> {
             device: device.clone(),
             source: model.source.clone(),
             kv_bytes: placement.kv_bytes,
+            memory_bytes_max: placement.limit_bytes,
             kv_type: model.kv_type,
             context: model.context,
             max_sequences: model.max_sequences,

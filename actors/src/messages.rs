@@ -205,6 +205,8 @@ pub struct WorkerSpec {
     pub source: ModelSource,
     /// Bytes for KV.
     pub kv_bytes: u64,
+    /// Most bytes of the device's memory in all, if there is a limit.
+    pub memory_bytes_max: Option<u64>,
     /// Number format of KV.
     pub kv_type: KvType,
     /// Most tokens of a sequence; without it, what the model was trained for.

@@ -44,6 +44,9 @@ use tracing::Span;
 /// Events of a worker that wait to be read; a worker that is further ahead waits.
 const EVENTS_MAX: usize = 64;
 
+/// The log shows how far a load has come this often.
+const PROGRESS_EVERY: Duration = Duration::from_secs(5);
+
 /// What a model actor is told.
 #[derive(Debug)]
 pub enum ModelMsg {
@@ -181,6 +184,7 @@ struct Live {
     /// Why it was killed or said that it would end: outranks what its exit says.
     end: Option<WorkerEnd>,
     progress: Option<LoadProgress>,
+    progress_told: Instant,
     ready: Option<WorkerReady>,
     heartbeat: Option<Heartbeat>,
     computed: u64,
@@ -401,6 +405,7 @@ impl ModelState {
                     told_to_end: None,
                     end: None,
                     progress: None,
+                    progress_told: now,
                     ready: None,
                     heartbeat: None,
                     computed: 0,
@@ -425,7 +430,10 @@ impl ModelState {
             return;
         }
         match event {
-            WorkerEvent::Progress(progress) => live.progress = Some(progress),
+            WorkerEvent::Progress(progress) => {
+                live.log_progress(&self.args.spec.replica, &progress);
+                live.progress = Some(progress);
+            }
             WorkerEvent::Ready(ready) => self.on_ready(ready),
             WorkerEvent::Refused { id, error } => self.on_failed(id, Failure::Request(error)),
             WorkerEvent::Begun(begun) => begun.into_iter().for_each(|(id, waited)| self.on_begun(id, waited)),
@@ -744,6 +752,16 @@ impl ModelState {
 }
 
 impl Live {
+    /// Each phase when it begins, and now and then how far it has come.
+    fn log_progress(&mut self, replica: &ReplicaId, progress: &LoadProgress) {
+        let is_new = self.progress.as_ref().is_none_or(|last| last.phase != progress.phase);
+        if is_new || self.progress_told.elapsed() >= PROGRESS_EVERY {
+            let LoadProgress { phase, bytes_done, bytes_total } = progress;
+            tracing::info!(%replica, ?phase, bytes_done, bytes_total, "loading");
+            self.progress_told = Instant::now();
+        }
+    }
+
     fn flush(&mut self) {
         while let Some(command) = self.outbox.front() {
             match self.link.send(command) {

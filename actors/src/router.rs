@@ -36,6 +36,8 @@ use tracing::Span;
 const INBOX_MAX: usize = 4096;
 /// How often deadlines of waiting requests are looked at.
 const TICK: Duration = Duration::from_millis(250);
+/// For replicas to tell a new router what they have.
+const SETTLING: Duration = Duration::from_secs(1);
 /// What a client is told while a model loads for the first time.
 const LOADING_RETRY_AFTER: Duration = Duration::from_secs(5);
 
@@ -145,6 +147,8 @@ struct Shared {
     parked: Mutex<Option<Vec<RouterMsg>>>,
     next_id: AtomicU64,
     inbox: Arc<Semaphore>,
+    /// Until when a drain lets requests go on: what the next router must know, too.
+    draining: Mutex<Option<Instant>>,
 }
 
 impl Default for Shared {
@@ -154,6 +158,7 @@ impl Default for Shared {
             parked: Mutex::new(Some(Vec::new())),
             next_id: AtomicU64::new(1),
             inbox: Arc::new(Semaphore::new(INBOX_MAX)),
+            draining: Mutex::new(None),
         }
     }
 }
@@ -253,6 +258,11 @@ impl RouterHandle {
         parked.into_iter().flatten().for_each(|message| self.end(message));
     }
 
+    fn draining(&self) -> MutexGuard<'_, Option<Instant>> {
+        // One word: whole whoever panics.
+        self.shared.draining.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn next_id(&self) -> RequestId {
         RequestId(self.shared.next_id.fetch_add(1, Ordering::Relaxed))
     }
@@ -321,6 +331,8 @@ struct Row {
 #[derive(Debug)]
 struct Draining {
     until: Instant,
+    /// Before that, a router that has just begun may not have been told of every request yet.
+    settled: Instant,
     ended: u32,
     reply: Vec<RpcReplyPort<Drained>>,
 }
@@ -338,6 +350,10 @@ impl Actor for Router {
             counters: RequestCounters::default(),
             draining: None,
         };
+        // A drain outlives the router that began it.
+        let until = *state.args.handle.draining();
+        let settled = Instant::now() + SETTLING;
+        state.draining = until.map(|until| Draining { until, settled, ended: 0, reply: Vec::new() });
         let models = std::mem::take(&mut state.args.models);
         state.configure(&models);
         me.send_interval(TICK, || RouterMsg::Tick);
@@ -640,11 +656,13 @@ impl RouterState {
     }
 
     fn drain(&mut self, deadline: Duration, reply: RpcReplyPort<Drained>) {
-        let until = Instant::now() + deadline;
-        let draining = self.draining.get_or_insert(Draining { until, ended: 0, reply: Vec::new() });
+        let now = Instant::now();
+        let until = now + deadline;
+        let draining = self.draining.get_or_insert(Draining { until, settled: now, ended: 0, reply: Vec::new() });
         // A second, more impatient call shortens the wait.
         draining.until = draining.until.min(until);
         draining.reply.push(reply);
+        *self.args.handle.draining() = Some(draining.until);
         self.tick();
     }
 
@@ -677,7 +695,8 @@ impl RouterState {
     }
 
     fn finish_drain_if_empty(&mut self) {
-        let Some(draining) = self.draining.as_mut().filter(|_| self.open.is_empty()) else { return };
+        let is_over = |draining: &&mut Draining| self.open.is_empty() && draining.settled <= Instant::now();
+        let Some(draining) = self.draining.as_mut().filter(is_over) else { return };
         for reply in draining.reply.drain(..) {
             let _ = reply.send(Drained::Empty { ended: draining.ended });
         }
@@ -685,6 +704,7 @@ impl RouterState {
 
     /// What waits or runs goes on as if nothing had been asked.
     fn undrain(&mut self) -> bool {
+        *self.args.handle.draining() = None;
         let Some(draining) = self.draining.take() else { return false };
         for reply in draining.reply {
             // Those who wait for the end of the drain.

@@ -190,6 +190,7 @@ fn plan(config: &Config, cards: &[SimulatedDevice], before: Option<&Plan>) -> Pl
             replicas: model.replicas,
             priority: model.priority,
             kv_budget_bytes: model.kv_budget_bytes,
+            memory_limit: model.memory_limit,
             demand: Demand {
                 context_bytes: SIM_CONTEXT_BYTES,
                 kv_min_bytes: 16 * SIM_BLOCK_BYTES,

@@ -485,6 +485,29 @@ async fn a_drain_that_is_taken_back_ends_nothing_and_takes_requests_again() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_drain_outlives_the_router() {
+    let mut stage = Stage::ready(1, one_model(1), Script::default()).await;
+    let mut stream = stage.stream("m", 1, 150).await;
+    stream.read(5).await;
+    let drain = tokio::spawn({
+        let house = stage.house.clone();
+        async move { house.drain(Duration::from_secs(600)).await }
+    });
+    let is_draining = |status: &HouseStatus| status.router.as_ref().is_some_and(|router| router.draining);
+    stage.seen("draining", is_draining).await;
+    stage.house.router().current().expect("a router").kill();
+    assert_eq!(stage.until(actor_restarted).await, "Router");
+    stage.seen("draining again", is_draining).await;
+    assert_eq!(stage.house.generate(request("m", 2, 5)).await.expect_err("no more"), Refusal::Draining);
+    assert!(!drain.is_finished(), "a stream is open");
+    stream.completes().await;
+    assert_eq!(timeout(DEADLINE, drain).await.expect("in time").expect("no panic"), EMPTY);
+    assert!(stage.house.undrain().await);
+    stage.stream("m", 3, 20).await.completes().await;
+    stage.strike().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stop_does_not_wait_for_a_load() {
     // Its load never ends; a worker that loads hears no command.
     let stage = Stage::set(1, one_model(1), Script { load: |_| Verdict::Hang, ..Script::default() }).await;

@@ -2,12 +2,14 @@
 
 mod host;
 
-use crate::checked::{Backoff, Config, EMBEDDED, Model, ModelSource, Replicas, SimulatedDevice, Supervision};
+use crate::checked::{
+    Backoff, Config, EMBEDDED, MemoryLimit, Model, ModelSource, Replicas, SimulatedDevice, Supervision,
+};
 use crate::device::{DeviceSelector, Devices, PciBusId, is_uuid};
 use crate::error::{ConfigError, Report, did_you_mean};
 use crate::overrides::Overrides;
 use crate::raw::{
-    RawBackoff, RawBudget, RawConfig, RawDefaults, RawDevice, RawDevices, RawDuration, RawModel, RawReplicas,
+    RawBackoff, RawBudget, RawConfig, RawDefaults, RawDevice, RawDevices, RawDuration, RawLimit, RawModel, RawReplicas,
     RawSimulatedDevice, RawSupervision,
 };
 use crate::source::At;
@@ -42,6 +44,9 @@ macro_rules! apply_settings {
         $model.max_batch_tokens = $self.number(&$raw.max_batch_tokens, $model.max_batch_tokens, 1..=1 << 20);
         if let Some(budget) = &$raw.kv_budget {
             $model.kv_budget_bytes = $self.kv_budget(budget);
+        }
+        if let Some(limit) = &$raw.memory_limit {
+            $model.memory_limit = $self.memory_limit(limit);
         }
         if let Some(word) = &$raw.kv_type {
             $model.kv_type = *word.value();
@@ -350,6 +355,22 @@ impl Checker {
             self.report.add(raw.span(), "a model cannot run without memory for its KV cache");
         }
         Some(bytes)
+    }
+
+    fn memory_limit(&mut self, raw: &At<RawLimit>) -> Option<MemoryLimit> {
+        let text = raw.value().0.trim();
+        if let Some(share) = text.strip_suffix('%') {
+            let percent = share.trim().parse().ok().filter(|percent| (1..=100).contains(percent));
+            if percent.is_none() {
+                self.report.add(raw.span(), format!("`{text}` is no share of a device: expected `1%` to `100%`"));
+            }
+            return percent.map(MemoryLimit::Percent);
+        }
+        let bytes = self.size(text, raw.span())?;
+        if bytes == 0 {
+            self.report.add(raw.span(), "a model cannot run without memory");
+        }
+        Some(MemoryLimit::Bytes(bytes))
     }
 
     /// A UUID or an index that no simulated device has.

@@ -252,6 +252,35 @@ pub enum Replicas {
     All,
 }
 
+/// The most that a replica takes of a device's memory: weights, KV, scratch and the context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MemoryLimit {
+    /// So many bytes of whichever device.
+    Bytes(u64),
+    /// A share of the device, 1 to 100.
+    Percent(u8),
+}
+
+impl MemoryLimit {
+    /// Bytes of a device that has `total_bytes`.
+    pub fn of(self, total_bytes: u64) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            // Less than the whole, so it fits.
+            Self::Percent(percent) => (u128::from(total_bytes) * u128::from(percent) / 100) as u64,
+        }
+    }
+}
+
+impl fmt::Display for MemoryLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bytes(bytes) => crate::units::Bytes(*bytes).fmt(f),
+            Self::Percent(percent) => write!(f, "{percent}%"),
+        }
+    }
+}
+
 /// One model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Model {
@@ -273,6 +302,8 @@ pub struct Model {
     pub max_batch_tokens: u32,
     /// Bytes for KV; without it, what full contexts need or the device has left.
     pub kv_budget_bytes: Option<u64>,
+    /// Most memory of a device that a replica takes; without it, what is free.
+    pub memory_limit: Option<MemoryLimit>,
     /// Number format of KV.
     pub kv_type: KvType,
     /// Process or thread.
@@ -310,6 +341,7 @@ impl Default for Model {
             max_sequences: 16,
             max_batch_tokens: 512,
             kv_budget_bytes: None,
+            memory_limit: None,
             kv_type: KvType::F16,
             isolation: Isolation::Auto,
             priority: 0,

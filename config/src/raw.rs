@@ -186,6 +186,9 @@ macro_rules! with_settings {
             /// has left if that is less.
             #[schemars(extend("default" = "auto"))]
             pub(crate) kv_budget: Option<At<RawBudget>>,
+            /// Most memory of a device that a replica takes, everything included: a size, or a share of the device such as
+            /// `"90%"`. Without it, what is free.
+            pub(crate) memory_limit: Option<At<RawLimit>>,
             /// Number format of the KV cache.
             #[schemars(extend("default" = "f16"))]
             pub(crate) kv_type: Option<At<KvType>>,
@@ -420,6 +423,12 @@ text! {
     /// `auto` or a size with its unit.
     RawBudget, "\"auto\" or a size with its unit, such as \"8GiB\"",
     r"^auto$|^\s*[0-9][0-9_.]*\s*([kKmMgGtT]([iI])?)?[bB]\s*$|\$\{env:"
+}
+
+text! {
+    /// A size with its unit, or a share of a device.
+    RawLimit, "a size with its unit, such as \"24GB\", or a share of the device, such as \"90%\"",
+    r"^\s*[0-9][0-9_.]*\s*(([kKmMgGtT]([iI])?)?[bB]|%)\s*$|\$\{env:"
 }
 
 /// A number of copies, or all.

@@ -2,7 +2,7 @@
 //!
 //! `cargo bench -p playhouse-cuda --bench kernels [part of a name]`. Each line is the median of 7 replays of a graph of
 //! launches over rotating copies of the data, together larger than the L2 cache; random numbers throughout. The limit of
-//! bytes is a kernel that does nothing else (`probe.cu`); that of operations is `PLAYHOUSE_PEAK_TFLOPS`, by default the 797
+//! bytes is a kernel that does nothing but read (`probe.cu`; it gets a little more than a copy does, which is printed beside it); that of operations is `PLAYHOUSE_PEAK_TFLOPS`, by default the 797
 //! TFLOP/s that an H200's library product reaches.
 
 #[path = "../tests/support/mod.rs"]
@@ -14,8 +14,8 @@ use playhouse_cuda::arena::Buffer;
 use playhouse_cuda::graph::Capture;
 use playhouse_cuda::kernels::{Args, Launch};
 use playhouse_cuda::launch::attention::{
-    Attention, BLOCK_TOKENS, DECODE_ROWS, DecodeItems, Heads, Item, KvFormat, KvLayer, PREFILL_ROWS, SPLIT,
-    decode_partial_len, rows_of_one_token,
+    Attention, BLOCK_TOKENS, DECODE_ROWS, DecodeItems, Heads, Item, KvFormat, KvLayer, PREFILL_ROWS, RopeKv, SPLIT,
+    decode_partial_len, rope_kv, rows_of_one_token,
 };
 use playhouse_cuda::launch::matmul::{Experts, Output, Product, Rows};
 use playhouse_cuda::launch::matrix::{Format, HalfRows, Layout, Matrix, Part};
@@ -54,15 +54,18 @@ fn main() {
     let filter = std::env::args().skip(1).find(|arg| !arg.starts_with("--"));
     let Some(bench) = bench("the kernel bench") else { return };
     let peak = std::env::var("PLAYHOUSE_PEAK_TFLOPS").ok().and_then(|v| v.parse().ok()).unwrap_or(797.0);
-    let ceilings = Ceilings { bytes_per_second: bandwidth(&bench), flops_per_second: peak * 1e12 };
+    let (read, copied) = bandwidth(&bench);
+    let ceilings = Ceilings { bytes_per_second: read, flops_per_second: peak * 1e12 };
     println!(
-        "{}: memory {:.2} TB/s, products {peak:.0} TFLOP/s",
+        "{}: memory {:.2} TB/s read, {:.2} TB/s read and written by a copy, products {peak:.0} TFLOP/s",
         bench.gpu.info().name,
-        ceilings.bytes_per_second / 1e12
+        read / 1e12,
+        copied / 1e12
     );
     println!("{:<48} {:>10} {:>14} {:>8}", "kernel", "us", "", "limit");
     let mut runner = Runner { bench, ceilings, filter, random: Random(1) };
     runner.norms();
+    runner.rotations();
     runner.samplers();
     runner.attention_decode();
     runner.attention_prefill();
@@ -70,9 +73,10 @@ fn main() {
     runner.loading();
 }
 
-/// Bytes per second of a kernel that reads 4 GiB of random numbers and does nothing else.
-fn bandwidth(bench: &Bench) -> f64 {
-    let n = 4_usize << 30;
+/// Bytes per second of a kernel that reads 7 GiB of random numbers and does nothing else, and of a copy, read and written. Of what
+/// is read the cache can keep less than one part in a hundred for the next launch.
+fn bandwidth(bench: &Bench) -> (f64, f64) {
+    let n = 7_usize << 30;
     let mut random = Random(7);
     let block: Vec<u64> = (0..1 << 20).map(|_| random.next()).collect();
     let x = bench.arena.alloc::<u64>(n / 8, "bench data").expect("the arena is large enough");
@@ -87,8 +91,11 @@ fn bandwidth(bench: &Bench) -> f64 {
         // SAFETY: the arguments are the kernel's parameters in order; x has `n` bytes, the sink 16.
         unsafe { kernel.launch(&bench.gpu, Launch::new((blocks, 1, 1), (256, 1, 1)), args) }
     });
+    let half = n / 16;
+    let (from, to) = (x.slice(0..half), x.slice(half..2 * half));
+    let copy = median_seconds(bench, 4, |_| to.copy_from(&from));
     bench.arena.reset();
-    n as f64 / seconds.expect("a launch")
+    (n as f64 / seconds.expect("a launch"), n as f64 / copy.expect("a copy"))
 }
 
 /// Median seconds of one of `n` launches in a graph.
@@ -182,6 +189,45 @@ impl Runner {
         }
     }
 
+    fn rotations(&mut self) {
+        for heads in HEADS {
+            for n in [256, 4096] {
+                let name = format!("rope_kv {}, {n}", shape(heads));
+                if !self.wants(&name) {
+                    continue;
+                }
+                self.bench.arena.reset();
+                let Heads { n_heads, n_kv_heads, head_dim } = heads;
+                let stride = (n_heads + 2 * n_kv_heads) * head_dim;
+                let copies = (ROTATION / (4 * n * stride)).clamp(1, 16);
+                let qkv: Vec<Buffer<f32>> = (0..copies).map(|_| self.floats(n * stride, 1.0)).collect();
+                let kv = self.layer(KvFormat::F16, n * n_kv_heads * head_dim * 2);
+                let table = self.floats(n * head_dim, 1.0);
+                let each: Vec<u32> = (0..n as u32).collect();
+                let (positions, slots) = (self.bench.upload(&each), self.bench.upload(&each));
+                let q_out = self.bench.zeros::<f16>(n * n_heads * head_dim);
+                self.line(&name, Work::Bytes((6 * n * stride) as f64), copies, |i| {
+                    let op = RopeKv {
+                        heads,
+                        qkv: &qkv[i % copies],
+                        stride,
+                        k_first: n_heads * head_dim,
+                        v_first: (n_heads + n_kv_heads) * head_dim,
+                        table: &table,
+                        n_rot: head_dim,
+                        interleaved: false,
+                        norm: None,
+                        positions: &positions,
+                        slots: &slots,
+                        q_out: &q_out,
+                        kv: &kv,
+                    };
+                    rope_kv(&self.bench.kernels, &op, n)
+                });
+            }
+        }
+    }
+
     fn samplers(&mut self) {
         let n_vocab = 151_936;
         let base = Request { temperature: 0.8, seed: 3, ..Request::greedy() };
@@ -189,6 +235,7 @@ impl Runner {
             ("greedy", Request::greedy()),
             ("greedy, 5 logprobs", Request { n_logprobs: Some(5), ..Request::greedy() }),
             ("temperature", base),
+            ("min-p 0.05", Request { min_p: 0.05, ..base }),
             ("top-p 0.95", Request { top_p: 0.95, ..base }),
             ("top-k 50, top-p 0.9", Request { top_k: 50, top_p: 0.9, ..base }),
         ];
@@ -296,7 +343,7 @@ impl Runner {
 
     fn products(&mut self) {
         for name in ["F16", "Q8_0", "Q4_K", "Q2_K", "MXFP4", "Q5_0", "Q6_K"] {
-            for (n_rows, n_cols) in [(4096, 4096), (14_336, 4096), (896, 4864)] {
+            for (n_rows, n_cols) in SHAPES {
                 let format = Format::by_name(name).expect("listed");
                 if format.row_bytes(n_cols).is_some() {
                     self.bench.arena.reset();
@@ -308,10 +355,8 @@ impl Runner {
 
     fn product(&mut self, format: Format, n_rows: usize, n_cols: usize) {
         let of = |n: usize| format!("product {} {n_rows} x {n_cols}, {n}", format.name);
-        let widths: Vec<usize> = [1, 8, 64, 512].into_iter().filter(|n| self.wants(&of(*n))).collect();
-        if widths.is_empty() {
-            return;
-        }
+        let widths: Vec<usize> = [1, 8, 64, 256, 512, 4096].into_iter().filter(|n| self.wants(&of(*n))).collect();
+        let Some(most) = widths.last().copied() else { return };
         let encoded = n_rows * format.row_bytes(n_cols).expect("whole blocks");
         let copies = (ROTATION / encoded).clamp(2, 64);
         let rows = random_rows(&mut self.random, format, 64, n_cols);
@@ -323,8 +368,8 @@ impl Runner {
             Ok(matrix)
         };
         let matrices: Vec<Matrix> = (0..copies).map(matrix).collect::<Result<_, CudaError>>().expect("fits");
-        let x = HalfRows { data: self.halves(512 * n_cols), stride: n_cols };
-        let y = self.bench.zeros::<f32>(512 * n_rows);
+        let x = HalfRows { data: self.halves(most * n_cols), stride: n_cols };
+        let y = self.bench.zeros::<f32>(most * n_rows);
         for n in widths {
             let product = |matrix| {
                 let output = Output::Store(Rows { data: y.clone(), stride: n_rows });
@@ -407,6 +452,19 @@ const HEADS: [Heads; 4] = [
     Heads { n_heads: 32, n_kv_heads: 32, head_dim: 96 },
     Heads { n_heads: 32, n_kv_heads: 8, head_dim: 128 },
     Heads { n_heads: 64, n_kv_heads: 8, head_dim: 64 },
+];
+
+/// Rows and columns of matrices: Phi-3-mini's qkv, output, gate with up, down; Llama-3-8B's; Qwen2.5-0.5B's down.
+const SHAPES: [(usize, usize); 9] = [
+    (9216, 3072),
+    (3072, 3072),
+    (16_384, 3072),
+    (3072, 8192),
+    (6144, 4096),
+    (4096, 4096),
+    (28_672, 4096),
+    (4096, 14_336),
+    (896, 4864),
 ];
 
 fn shape(heads: Heads) -> String {

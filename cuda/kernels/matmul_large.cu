@@ -27,18 +27,12 @@ template <int NT> DEVICE void copy_columns(uint32_t stage, const half *const (&s
     }
 }
 
-#if HAS_WGMMA
-DEVICE void multiply(float (&acc)[4][4], const uint32_t (&a)[4], uint64_t b) { wgmma_64x32x16(acc, a, b); }
-DEVICE void multiply(float (&acc)[8][4], const uint32_t (&a)[4], uint64_t b) { wgmma_64x64x16(acc, a, b); }
-DEVICE void multiply(float (&acc)[16][4], const uint32_t (&a)[4], uint64_t b) { wgmma_64x128x16(acc, a, b); }
-#endif
-
 // acc += the products of one tile of k.
 template <int KIND, int NT> DEVICE void multiply_tile(float (&acc)[NT / 8][4], const uint32_t (&a)[4][4], uint32_t stage) {
 #if HAS_WGMMA
     wgmma_fence();
 #pragma unroll
-    for (int s = 0; s < 4; s++) multiply(acc, a[s], describe_b(stage + 32 * s));
+    for (int s = 0; s < 4; s++) wgmma_16(acc, a[s], describe_b(stage + 32 * s));
     wgmma_commit();
 #else
     const int lane = threadIdx.x % WARP, row = lane % 8, part = (lane / 8) % 2, upper = lane / 16;

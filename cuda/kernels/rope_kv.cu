@@ -3,7 +3,7 @@
 // table [n_ctx, n_rot] f32: per position n_rot / 2 cosines, then as many sines   positions, slots [n]
 // q_out [n, NH * HS] f16   cache k, v: kv.cuh, f16 or 8 bit, slot = 32 * block + token
 // q_norm, k_norm [HS] f32 or null: RMS normalisation of each head before the rotation.
-// Grid (n, NH + 2 NKV), block 32: a warp has one head of one token.   Bound by: reading qkv once.
+// Grid (n, (NH + 2 NKV) / 8 rounded up), block (32, 8): a warp has one head of one token.   Bound by: reading qkv once.
 #include "kv.cuh"
 
 constexpr int MAX_DIM = 128;
@@ -39,9 +39,13 @@ DEVICE void store_bytes(uint8_t *head, int token, const float *row, int dim, int
     }
 }
 
+constexpr int HEADS_PER_BLOCK = 8; // a warp each: blocks of one warp start more slowly than they work. Mirrored in launch/attention.rs.
+
 template <bool BYTES> DEVICE void rope_kv(const RopeKvArgs &args) {
-    __shared__ float rotated[MAX_DIM];
-    const int token = blockIdx.x, head = blockIdx.y, lane = threadIdx.x, dim = args.head_dim;
+    __shared__ float rotated_heads[HEADS_PER_BLOCK][MAX_DIM];
+    float *const rotated = rotated_heads[threadIdx.y];
+    const int token = blockIdx.x, head = blockIdx.y * HEADS_PER_BLOCK + threadIdx.y, lane = threadIdx.x, dim = args.head_dim;
+    if (head >= args.n_heads + 2 * args.n_kv_heads) return;
     const bool is_q = head < args.n_heads, is_v = head >= args.n_heads + args.n_kv_heads;
     const int kv_head = is_q ? 0 : (head - args.n_heads) % args.n_kv_heads;
     const float *in = args.qkv + static_cast<size_t>(token) * args.qkv_stride +
@@ -96,5 +100,5 @@ template <bool BYTES> DEVICE void rope_kv(const RopeKvArgs &args) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32) rope_kv(const RopeKvArgs args) { rope_kv<false>(args); }
-extern "C" __global__ void __launch_bounds__(32) rope_kv_q8(const RopeKvArgs args) { rope_kv<true>(args); }
+extern "C" __global__ void __launch_bounds__(32 * HEADS_PER_BLOCK) rope_kv(const RopeKvArgs args) { rope_kv<false>(args); }
+extern "C" __global__ void __launch_bounds__(32 * HEADS_PER_BLOCK) rope_kv_q8(const RopeKvArgs args) { rope_kv<true>(args); }

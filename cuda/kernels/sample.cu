@@ -60,11 +60,14 @@ DEVICE void adjust(const SampleArgs &args, const SampleRow &params, Row &row) {
     if (params.history >= 0 || params.mask >= 0) {
         const unsigned *seen = args.history + static_cast<size_t>(max(params.history, 0)) * row.n_vocab;
         const uint64_t *mask = args.masks + static_cast<size_t>(max(params.mask, 0)) * args.mask_words;
+#pragma unroll 4
         for (int id = first + threadIdx.x; id < end; id += THREADS) {
-            float v = row.logits[id];
-            if (params.history >= 0) v = penalised(v, seen[id], params.repetition, params.presence, params.frequency);
-            if (params.mask >= 0 && !(mask[id / 64] >> (id % 64) & 1)) v = -INFINITY;
-            row.logits[id] = v;
+            const unsigned count = params.history >= 0 ? seen[id] : 0;
+            const bool is_masked = params.mask >= 0 && !(mask[id / 64] >> (id % 64) & 1);
+            // Most ids were not seen: their logits need not be read.
+            if (count == 0 && !is_masked) continue;
+            const float v = penalised(row.logits[id], count, params.repetition, params.presence, params.frequency);
+            row.logits[id] = is_masked ? -INFINITY : v;
         }
         __syncthreads();
     }
@@ -80,10 +83,19 @@ DEVICE uint64_t draw(Shared &shared, Row &row, const SampleRow &params, unsigned
     const Scale scale = scale_of(logit_of(max_key), params.temperature);
     uint64_t least = fraction_of(params.min_p, WEIGHT_ONE);
     if (least == 0) least = 1;
+    // What has a logit below this is surely dropped by min-p: by a hundredth more than logf and the roundings of a weight can be off.
+    unsigned lowest = 0;
+    if (params.min_p > 1e-6f) {
+        const double share = static_cast<double>(logf(params.min_p)) - 0.01;
+        lowest = key_of(__double2float_rd(logit_of(max_key) + share * static_cast<double>(params.temperature)));
+    }
     auto kept = [&](int id, const float(&v)[4], uint64_t(&w)[4]) {
         bool is_kept[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) is_kept[i] = is_inside(by_k, key_of(v[i]), id + i) && is_inside(by_p, key_of(v[i]), id + i);
+        for (int i = 0; i < 4; i++) {
+            const unsigned key = key_of(v[i]);
+            is_kept[i] = key >= lowest && is_inside(by_k, key, id + i) && is_inside(by_p, key, id + i);
+        }
         weights(w, v, scale, is_kept[0] || is_kept[1] || is_kept[2] || is_kept[3]);
 #pragma unroll
         for (int i = 0; i < 4; i++) w[i] = is_kept[i] && w[i] >= least ? w[i] : 0;
@@ -276,13 +288,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const SampleArgs ar
     cluster_sync(); // no block ends while another may read its shared memory
 }
 
-// Counts tokens of a sequence in its row of the history: of the prompt (seen, not emitted) or emitted.
-// counts [n_vocab]   tokens [n]   Grid ceil(n / 256), block 256.
-extern "C" __global__ void __launch_bounds__(256) sample_history(unsigned *counts, const unsigned *tokens, int n, int is_emitted) {
+// Writes what a sequence has seen into its row of the history, which is zero elsewhere: each id once, with how often it was emitted.
+// counts [n_vocab]   seen [n, 2], which may be host memory   Grid ceil(n / 256), block 256.
+extern "C" __global__ void __launch_bounds__(256) sample_history(unsigned *counts, const uint2 *seen, int n) {
     wait_for_predecessor();
     const int i = blockIdx.x * 256 + threadIdx.x;
-    dependents_may_start();
     if (i >= n) return;
-    atomicMax(&counts[tokens[i]], 1u);
-    if (is_emitted) atomicAdd(&counts[tokens[i]], 1u);
+    const uint2 one = __ldcv(seen + i);
+    counts[one.x] = 1 + one.y;
 }

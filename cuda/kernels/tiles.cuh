@@ -69,19 +69,19 @@ template <int KIND> DEVICE void load_tile(RawTile<KIND> &raw, const Planes &plan
     }
 }
 
-// The same from a tile that lies in shared memory: its planes one after another, as `copy_tile` puts them there.
-template <int KIND> DEVICE void load_tile_shared(RawTile<KIND> &raw, const uint8_t *tile, int lane) {
-    const uint4 *lo = reinterpret_cast<const uint4 *>(tile) + lane;
+// The same from a tile whose planes lie in shared memory.
+template <int KIND>
+DEVICE void load_planes_shared(RawTile<KIND> &raw, const uint8_t *lo_plane, const uint8_t *hi, const uint8_t *scales, int lane) {
+    const uint4 *lo = reinterpret_cast<const uint4 *>(lo_plane) + lane;
 #pragma unroll
     for (int i = 0; i < lo_bytes(KIND) / 512; i++) raw.lo[i] = lo[32 * i];
-    const uint8_t *hi = tile + lo_bytes(KIND);
     if constexpr (KIND == Q5) {
         raw.hi[0] = reinterpret_cast<const uint32_t *>(hi)[lane];
     } else if constexpr (KIND == Q6) {
         const uint2 v = reinterpret_cast<const uint2 *>(hi)[lane];
         raw.hi[0] = v.x, raw.hi[1] = v.y;
     }
-    const uint8_t *scale = hi + hi_bytes(KIND) + (lane / 4) * (scale_bytes(KIND) / 8);
+    const uint8_t *scale = scales + (lane / 4) * (scale_bytes(KIND) / 8);
     if constexpr (KIND == MX4) {
         raw.scale[0] = *reinterpret_cast<const uint32_t *>(scale);
     } else if constexpr (KIND == Q8) {
@@ -94,6 +94,11 @@ template <int KIND> DEVICE void load_tile_shared(RawTile<KIND> &raw, const uint8
             raw.scale[4 * i] = v.x, raw.scale[4 * i + 1] = v.y, raw.scale[4 * i + 2] = v.z, raw.scale[4 * i + 3] = v.w;
         }
     }
+}
+
+// The same, planes one after another, as `copy_tile` puts them there.
+template <int KIND> DEVICE void load_tile_shared(RawTile<KIND> &raw, const uint8_t *tile, int lane) {
+    load_planes_shared<KIND>(raw, tile, tile + lo_bytes(KIND), tile + lo_bytes(KIND) + hi_bytes(KIND), lane);
 }
 
 // A warp copies tile `tile` to shared memory, asynchronously.

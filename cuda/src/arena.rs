@@ -58,6 +58,7 @@ struct Shared {
     what: &'static str,
     cap: Option<Cap>,
     base: sys::CUdeviceptr,
+    /// 0 where each buffer is an allocation of its own.
     reserved: u64,
     granularity: u64,
     state: Mutex<State>,
@@ -68,6 +69,8 @@ struct State {
     used: u64,
     mapped: u64,
     chunks: Vec<Chunk>,
+    /// Allocations of their own.
+    apart: Vec<sys::CUdeviceptr>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -127,6 +130,13 @@ impl Arena {
         Ok(Arena(Arc::new(Shared { gpu: gpu.clone(), what, cap, base, reserved, granularity, state })))
     }
 
+    /// An arena for tests, each buffer of which is an allocation of its own: `compute-sanitizer` sees where it ends and what of it
+    /// was never written, which it cannot see of parts of one mapping. It grows on every call and cannot be exported.
+    pub fn apart(gpu: &Gpu, what: &'static str) -> Arena {
+        let (gpu, state) = (gpu.clone(), Mutex::default());
+        Arena(Arc::new(Shared { gpu, what, cap: None, base: 0, reserved: 0, granularity: 1, state }))
+    }
+
     /// Cuts a buffer of `len` elements; its contents are undefined.
     ///
     /// # Errors
@@ -135,6 +145,10 @@ impl Arena {
         let bytes = (len as u64).saturating_mul(size_of::<T>() as u64);
         let shared = &self.0;
         let mut state = shared.state.lock().expect("no panic while locked");
+        if shared.reserved == 0 {
+            let ptr = shared.alloc_apart(&mut state, bytes).map_err(|e| shared.or_out_of_memory(e, what, bytes))?;
+            return Ok(Buffer { arena: self.clone(), ptr, len, element: PhantomData });
+        }
         let start = state.used;
         let end = bytes.checked_next_multiple_of(ALIGN).and_then(|b| start.checked_add(b));
         let Some(end) = end.filter(|end| *end <= shared.reserved) else {
@@ -177,7 +191,9 @@ impl Arena {
 
     /// Forgets every buffer cut so far, keeping the memory. The caller must not use those buffers any more.
     pub fn reset(&self) {
-        self.0.state.lock().expect("no panic while locked").used = 0;
+        let mut state = self.0.state.lock().expect("no panic while locked");
+        state.used = 0;
+        self.0.free_apart(&mut state);
     }
 
     /// The device.
@@ -237,6 +253,32 @@ impl Shared {
         self.grow_by(state, bytes).inspect_err(|_| self.give_back(bytes))
     }
 
+    fn alloc_apart(&self, state: &mut State, bytes: u64) -> Result<sys::CUdeviceptr, CudaError> {
+        let mut ptr = 0;
+        // SAFETY: a context is current; an address is written.
+        let result = unsafe { sys::cuMemAlloc_v2(&mut ptr, bytes.max(1) as usize) };
+        self.gpu.check(result, || format!("cuMemAlloc({bytes})"))?;
+        state.apart.push(ptr);
+        state.used += bytes;
+        state.mapped += bytes;
+        Ok(ptr)
+    }
+
+    /// Frees allocations of their own, if there are any.
+    fn free_apart(&self, state: &mut State) {
+        if state.apart.is_empty() {
+            return;
+        }
+        // Kernels that use them may still run; a failed device refuses all of this, and the process's end frees.
+        let _ = self.gpu.bind();
+        let _ = self.gpu.synchronize();
+        for ptr in state.apart.drain(..) {
+            // SAFETY: the address is ours, freed once, and nothing enqueued uses it any more.
+            unsafe { sys::cuMemFree_v2(ptr) };
+        }
+        state.mapped = 0;
+    }
+
     fn grow_by(&self, state: &mut State, bytes: u64) -> Result<(), CudaError> {
         let mut handle = 0;
         // SAFETY: the properties are valid for the call; a handle is written.
@@ -293,7 +335,8 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        let state = std::mem::take(self.state.get_mut().unwrap_or_else(|e| e.into_inner()));
+        let mut state = std::mem::take(self.state.get_mut().unwrap_or_else(|e| e.into_inner()));
+        self.free_apart(&mut state);
         // SAFETY: no buffer is left (each holds the arena), so nothing uses the range; a failed device refuses, and the
         // process's end frees what it refused.
         unsafe {
@@ -305,7 +348,9 @@ impl Drop for Shared {
             for chunk in &state.chunks {
                 sys::cuMemRelease(chunk.handle);
             }
-            sys::cuMemAddressFree(self.base, self.reserved as usize);
+            if self.reserved > 0 {
+                sys::cuMemAddressFree(self.base, self.reserved as usize);
+            }
         }
         let mapped = state.mapped;
         self.give_back(mapped);

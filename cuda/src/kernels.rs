@@ -101,6 +101,11 @@ impl Kernels {
         &self.gpu
     }
 
+    /// Whether the device is a Hopper and the kernels were compiled for all it can do: products of warpgroups.
+    pub fn has_wgmma(&self) -> bool {
+        self.gpu.info().capability == (9, 0) && ARCHS.split(',').any(|arch| arch.trim() == "90a")
+    }
+
     /// The kernel `function` of `kernels/<file>.cu`, with `shared_bytes` of dynamic shared memory allowed.
     ///
     /// # Errors

@@ -33,6 +33,11 @@ impl<T: Element> Pinned<T> {
         Ok(Pinned { gpu: gpu.clone(), ptr: ptr.cast(), len })
     }
 
+    /// Where kernels find it: host memory of ours has one address everywhere.
+    pub fn device_ptr(&self) -> sys::CUdeviceptr {
+        self.ptr as sys::CUdeviceptr
+    }
+
     /// Enqueues a copy of the first `n` elements to the first `n` of `target`. They must not change before it has run.
     ///
     /// # Errors

@@ -77,6 +77,69 @@ fn every_format_agrees_with_f64_and_with_itself_at_any_width() {
 }
 
 #[test]
+fn every_format_agrees_at_hundreds_of_columns() {
+    let Some(bench) = bench("every_format_agrees_at_hundreds_of_columns") else { return };
+    let mut random = Random(5);
+    // Chunks of five tiles; rows and columns that fill no block. The widths take blocks of 192, 128 and 64 columns where the
+    // device has 132 multiprocessors, and the kernels for fewer columns.
+    let (n_rows, n_cols, n) = (2101, 2304, 1153);
+    for format in FORMATS {
+        bench.arena.reset();
+        let case = matrix(&bench, &mut random, *format, n_rows, n_cols, 1);
+        let (x, host) = activations(&bench, &mut random, n, n_cols);
+        let all = product(&bench, &case.matrix, &x, n);
+        for width in [5, 64, 129, 150, 517, 1100] {
+            let some = product(&bench, &case.matrix, &x, width);
+            let same = some.iter().zip(&all).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{}: {width} columns differ from {n}", format.name);
+        }
+        for (column, row) in (0..n).step_by(61).flat_map(|c| (0..n_rows).step_by(83).map(move |r| (c, r))) {
+            let terms = case.weights[row * n_cols..][..n_cols].iter().zip(&host[column * x.stride..]);
+            let terms = terms.map(|(w, x)| f64::from(*w) * x.to_f64());
+            let (exact, size) = terms.fold((0.0, 0.0), |(s, a), t| (s + t, a + f64::abs(t)));
+            let (found, budget) = (f64::from(all[column * n_rows + row]), size * 2f64.powi(-18) + 1e-9);
+            assert!((found - exact).abs() <= budget, "{}: {found} is not {exact} +- {budget}", format.name);
+        }
+    }
+}
+
+#[test]
+fn every_output_of_hundreds_of_columns_is_that_of_few() {
+    let Some(bench) = bench("every_output_of_hundreds_of_columns_is_that_of_few") else { return };
+    let mut random = Random(6);
+    let (n_rows, n_cols, n) = (333, 768, 301);
+    let format = Format::by_name("Q5_K").expect("listed");
+    let case = matrix(&bench, &mut random, format, n_rows, n_cols, 1);
+    let (x, _) = activations(&bench, &mut random, n, n_cols);
+    let bias = bench.upload(&(0..n_rows).map(|_| random.normal()).collect::<Vec<f32>>());
+    let before: Vec<f32> = (0..n * n_rows).map(|_| random.normal()).collect();
+    let partial = bench.zeros::<f32>(8 * n * n_rows.next_multiple_of(16));
+    let launch = |n: usize, output: Output| {
+        let op =
+            Product { matrix: &case.matrix, x: &x, n, bias: Some(&bias), bias_up: None, experts: Experts::One, output };
+        op.launch(&bench.kernels, &partial).expect("launches");
+    };
+    for add in [false, true] {
+        let run = |n: usize| {
+            let data = bench.upload(&before);
+            let rows = Rows { data: data.clone(), stride: n_rows };
+            launch(n, if add { Output::Add(rows) } else { Output::Store(rows) });
+            download(&data).into_iter().map(f32::to_bits).collect::<Vec<u32>>()
+        };
+        let (few, many) = (run(7), run(n));
+        assert_eq!(few[..7 * n_rows], many[..7 * n_rows], "adding: {add}");
+        assert!(many.iter().zip(&before).all(|(now, before)| *now != before.to_bits()), "every cell was written");
+        assert!(few[7 * n_rows..].iter().zip(&before[7 * n_rows..]).all(|(now, before)| *now == before.to_bits()));
+    }
+    let run = |n: usize| {
+        let data = bench.zeros::<f16>(n * n_rows);
+        launch(n, Output::StoreHalf(HalfRows { data: data.clone(), stride: n_rows }));
+        download(&data)
+    };
+    assert_eq!(run(7), run(n)[..7 * n_rows]);
+}
+
+#[test]
 fn experts_and_gates_give_the_same_bits_one_by_one_and_in_tiles() {
     let Some(bench) = bench("experts_and_gates_give_the_same_bits_one_by_one_and_in_tiles") else { return };
     let mut random = Random(2);
@@ -112,6 +175,7 @@ fn a_gated_product_is_the_gate_of_its_two_products() {
     let mut random = Random(3);
     let format = Format::by_name("Q4_K").expect("listed");
     let (n_rows, n_cols, n) = (76, 512, 40);
+    let most = 400;
     let part = Part { format, n_rows };
     let rows = [0, 1].map(|_| bench.upload(&random_rows(&mut random, format, n_rows, n_cols)));
     let both = Matrix::new(&bench.arena, "gate and up", &[part, part], Layout::Gated, n_cols, 1).expect("fits");
@@ -121,16 +185,18 @@ fn a_gated_product_is_the_gate_of_its_two_products() {
         one
     };
     both.fill(&bench.kernels, 0, format, &[&rows[0], &rows[1]]).expect("launches");
-    let (x, _) = activations(&bench, &mut random, n, n_cols);
+    let (x, _) = activations(&bench, &mut random, most, n_cols);
     let gated = |n: usize| {
         let h = bench.zeros::<f16>(n * n_rows);
         let output = Output::Gated(HalfRows { data: h.clone(), stride: n_rows }, Gate::SwiGlu);
         let op = Product { matrix: &both, x: &x, n, bias: None, bias_up: None, experts: Experts::One, output };
-        op.launch(&bench.kernels, &bench.zeros(8 * n * 2 * n_rows)).expect("launches");
+        op.launch(&bench.kernels, &bench.zeros(8 * n * 2 * n_rows.next_multiple_of(8))).expect("launches");
         download(&h)
     };
     let h = gated(5);
-    assert_eq!(h, gated(n)[..h.len()], "the large kernel gives the small one's bits");
+    for n in [n, 131, 400] {
+        assert_eq!(h, gated(n)[..h.len()], "the kernels for {n} columns give the small one's bits");
+    }
     let gate = product(&bench, &single(&rows[0]), &x, n);
     let up = product(&bench, &single(&rows[1]), &x, n);
     for (i, h) in h.iter().enumerate() {
@@ -176,6 +242,11 @@ fn misuse_is_an_error() {
     let good = Matrix::new(&bench.arena, "w", &[Part { format, n_rows: 16 }], Layout::Stacked, 256, 1).expect("fits");
     let short = good.fill(&bench.kernels, 0, format, &[&bench.zeros(10)]);
     assert!(short.is_err_and(|e| e.to_string().contains("10 bytes")));
+    let x = HalfRows { data: bench.zeros::<f16>(200 * 256 + 1).slice(1..200 * 256 + 1), stride: 256 };
+    let output = Output::Store(Rows { data: bench.zeros(200 * 16), stride: 16 });
+    let op = Product { matrix: &good, x: &x, n: 200, bias: None, bias_up: None, experts: Experts::One, output };
+    let odd_address = op.launch(&bench.kernels, &bench.zeros(1));
+    assert!(odd_address.is_err_and(|e| e.to_string().contains("a multiple of 16")));
     let too_large = bench.arena.alloc::<u8>(64 << 30, "all of it");
     assert!(too_large.is_err_and(|e| e.to_string().contains("out of memory")));
 }

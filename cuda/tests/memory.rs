@@ -155,3 +155,75 @@ fn a_cap_is_shared_and_given_back() {
     assert_eq!(cap.left(), 192 * MIB);
     second.alloc::<u8>((128 * MIB) as usize, "what was given back").expect("below the cap");
 }
+
+#[test]
+fn an_arena_grows_and_nothing_in_it_moves() {
+    let _turn = turn();
+    let Some(bench) = bench("an_arena_grows_and_nothing_in_it_moves") else { return };
+    let free = bench.gpu.free_bytes().expect("a query");
+    let arena = Arena::new(&bench.gpu, "growing", 6 << 30).expect("addresses");
+    assert_eq!((arena.used_bytes(), arena.mapped_bytes()), (0, 0), "addresses alone take no memory");
+    let mut buffers: Vec<Buffer<f32>> = Vec::new();
+    for i in 0..60usize {
+        // From a few bytes to 90 MB, of odd lengths.
+        let buffer = arena.alloc::<f32>(3 + i * i * 6_500, "a buffer").expect("room");
+        buffer.slice(0..3).write(&[i as f32, 0.5, -1.0]).expect("a copy");
+        buffers.push(buffer);
+        let (used, mapped) = (arena.used_bytes(), arena.mapped_bytes());
+        assert!(mapped >= used && mapped - used < 128 * MIB, "{mapped} mapped for {used}");
+    }
+    for (i, buffer) in buffers.iter().enumerate() {
+        assert_eq!(download(&buffer.slice(0..3)), [i as f32, 0.5, -1.0], "buffer {i}");
+    }
+    let ends: Vec<u64> = buffers.iter().map(|b| b.ptr() + b.bytes()).collect();
+    assert!(buffers.iter().skip(1).zip(ends).all(|(next, end)| next.ptr() >= end), "they do not overlap");
+    drop((buffers, arena));
+    assert_near(bench.gpu.free_bytes().expect("a query"), free, "free again");
+}
+
+#[test]
+fn memory_in_pieces_is_taken_as_one() {
+    let _turn = turn();
+    let Some(bench) = bench("memory_in_pieces_is_taken_as_one") else { return };
+    let (x, y) = (bench.upload(&numbers(1 << 16)), bench.zeros::<f16>(1 << 16));
+    let free = bench.gpu.free_bytes().expect("a query");
+    // Nearly all of the device in arenas of 1 GiB, and then every other of them given back: the largest gap is 1 GiB.
+    let piece = 1 << 30;
+    let mut pieces: Vec<Option<Arena>> = Vec::new();
+    while bench.gpu.free_bytes().expect("a query") > 2 * piece {
+        let arena = Arena::new(&bench.gpu, "a piece", piece).expect("addresses");
+        arena.commit(piece).expect("there is room");
+        pieces.push(Some(arena));
+    }
+    let kept: Vec<Arena> = pieces.iter_mut().step_by(2).filter_map(Option::take).collect();
+    let n_freed = pieces.iter().flatten().count() as u64;
+    drop(pieces);
+    if n_freed == 0 {
+        return println!("memory_in_pieces_is_taken_as_one needs more than 4 GiB and is skipped");
+    }
+    let whole = Arena::new(&bench.gpu, "a whole", n_freed * piece).expect("addresses");
+    whole.commit(n_freed * piece).expect("pages need not lie side by side");
+    let end = whole.alloc::<f32>((n_freed * piece / 4) as usize, "all of it").expect("it is there");
+    end.slice(end.len() - 2048..end.len()).write(&numbers(2048)).expect("a copy to its end");
+    assert_eq!(download(&end.slice(end.len() - 2048..end.len())), numbers(2048));
+    works(&bench, &x, &y);
+    println!("{} GiB in one piece out of gaps of 1 GiB", n_freed);
+    drop((end, whole, kept));
+    assert_near(bench.gpu.free_bytes().expect("a query"), free, "free again");
+}
+
+#[test]
+fn exported_memory_outlives_its_arena() {
+    let _turn = turn();
+    let Some(bench) = bench("exported_memory_outlives_its_arena") else { return };
+    let free = bench.gpu.free_bytes().expect("a query");
+    let arena = Arena::new(&bench.gpu, "weights", 512 * MIB).expect("addresses");
+    arena.commit(512 * MIB).expect("room");
+    let exported = arena.export().expect("a descriptor for each piece");
+    assert_eq!(exported.iter().map(|(_, bytes)| bytes).sum::<u64>(), arena.mapped_bytes());
+    drop(arena);
+    let held = free - bench.gpu.free_bytes().expect("a query");
+    assert!(held >= 512 * MIB, "the descriptors hold it: {held}");
+    drop(exported);
+    assert_near(bench.gpu.free_bytes().expect("a query"), free, "free once they are closed");
+}

@@ -8,6 +8,8 @@ mod support;
 use playhouse_cuda::arena::Buffer;
 use playhouse_cuda::launch::matmul::Rows;
 use playhouse_cuda::launch::sample::{Limits, Outcome, Request, Sampler, max_cluster, pack};
+use playhouse_cuda::pinned::Pinned;
+use std::collections::BTreeMap;
 use support::{Bench, Random, bench, download};
 
 const WEIGHT_ONE: u64 = 1 << 43;
@@ -225,11 +227,17 @@ fn write<T: playhouse_cuda::arena::Element>(buffer: &Buffer<T>, data: &[T]) {
 fn count(bench: &Bench, sampler: &Sampler, slot: u32, row: &Row) {
     let history = sampler.history(slot);
     history.clear().expect("a memset");
-    for (tokens, are_emitted) in [(&row.prompt, false), (&row.emitted, true)] {
-        if !tokens.is_empty() {
-            history.count(&bench.kernels, &bench.upload(tokens), tokens.len(), are_emitted).expect("launches");
-        }
+    let mut counts: BTreeMap<u32, u32> = row.prompt.iter().map(|token| (*token, 0)).collect();
+    row.emitted.iter().for_each(|token| *counts.entry(*token).or_insert(0) += 1);
+    if counts.is_empty() {
+        return;
     }
+    // Behind something else, as where several sequences begin in one step.
+    let mut seen = Pinned::<u32>::new(&bench.gpu, 2 + 2 * counts.len()).expect("host memory");
+    let pairs: Vec<u32> = counts.iter().flat_map(|(id, count)| [*id, *count]).collect();
+    seen[2..].copy_from_slice(&pairs);
+    history.write(&bench.kernels, &seen, 2, counts.len()).expect("launches");
+    bench.gpu.synchronize().expect("the device is well");
 }
 
 /// What the GPU makes of some rows.
@@ -490,5 +498,13 @@ fn misuse_is_an_error() {
     assert!(launch(&rows(300, 100), 3, 3).contains("cluster"));
     assert!(launch(&rows(300, 100), 3, 32).contains("cluster"));
     let history = sampler.history(0);
-    assert!(history.count(&bench.kernels, &bench.zeros(3), 4, true).is_err_and(|e| e.to_string().contains("history")));
+    let mut seen = Pinned::<u32>::new(&bench.gpu, 6).expect("host memory");
+    let mut refused = |pairs: [u32; 6], first, n| {
+        seen.copy_from_slice(&pairs);
+        history.write(&bench.kernels, &seen, first, n).expect_err("misuse").to_string()
+    };
+    for (first, n) in [(0, 0), (0, 4), (2, 3), (1, 2)] {
+        assert!(refused([0; 6], first, n).contains("history: expected pairs"), "{n} from {first}");
+    }
+    assert!(refused([1, 0, 100, 0, 2, 0], 0, 3).contains("ids below 100"));
 }

@@ -20,7 +20,8 @@ pub struct SeqSpan {
 /// One step's work: `T` tokens of one or more sequences.
 ///
 /// Invariants: `tokens`, `positions` and `slots` are `T` long; spans are disjoint, ascending and cover `0..T`;
-/// no slot occurs twice; every id is below the vocabulary's size, every block below the pool's.
+/// no slot occurs twice; every id is below the vocabulary's size, every block below the pool's; feeds only where the step before was
+/// enqueued and chose a token in that row.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Batch {
     /// Token ids, `[T]`.
@@ -33,4 +34,15 @@ pub struct Batch {
     pub spans: Vec<SeqSpan>,
     /// Indices into `tokens` of the rows whose logits are wanted, ascending, `[R]`.
     pub logit_rows: Vec<u32>,
+    /// The tokens that the step before chooses.
+    pub feeds: Vec<Feed>,
+}
+
+/// A token that the host does not know yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Feed {
+    /// Index into [`Batch::tokens`], which holds any id there.
+    pub token: u32,
+    /// The row of the step enqueued before whose choice it is.
+    pub row: u32,
 }

@@ -16,15 +16,17 @@ mod batch;
 pub mod cpu;
 pub mod cuda;
 mod ops;
+mod routes;
 mod sample;
 mod shape;
 
-pub use batch::{BLOCK_TOKENS, Batch, SeqSpan};
+pub use batch::{BLOCK_TOKENS, Batch, Feed, SeqSpan};
 pub use ops::{
     Activation, AttentionOp, GatedOp, HeadDims, HeadOp, Linear, MoeOp, MoeWeighting, Norm, Pairing, QkvOp, Rope,
 };
 
-pub use sample::{SampleRow, Sampled};
+pub use routes::{Route, RouteDifference, Routes};
+pub use sample::{Penalties, SampleRow, Sampled};
 pub use shape::{Join, ModelShape, WeightGroup, WeightShape, WeightUse};
 
 use crate::dtype::DType;
@@ -273,17 +275,35 @@ pub trait Backend {
     /// [`BackendError::Device`] if anything enqueued since the last call failed.
     fn read(&mut self, tensor: &Self::Tensor, out: &mut [f32]) -> Result<(), BackendError>;
 
-    /// Chooses a token from each of the first `rows.len()` rows of `logits`, as `engine::sampler` defines it, and waits for it.
-    /// The logits may be changed. `None`, and nothing changed, where the backend leaves the choice to the caller.
+    /// Whether this backend chooses tokens, and runs behind the host: whether the next three are of use.
+    fn chooses(&self) -> bool {
+        false
+    }
+
+    /// Says what the rows of the step that begins next are sampled under. `false`, and nothing changed, where the backend leaves these
+    /// rows to the caller. At most one other step whose tokens were not taken may be under way.
     ///
     /// # Errors
-    /// [`BackendError::Device`] if anything enqueued since the last call failed.
-    fn choose(
-        &mut self,
-        _logits: &mut Self::Tensor,
-        _rows: &[SampleRow<'_>],
-    ) -> Result<Option<Vec<Sampled>>, BackendError> {
-        Ok(None)
+    /// [`BackendError::Device`].
+    fn will_choose(&mut self, _rows: &[SampleRow<'_>]) -> Result<bool, BackendError> {
+        Ok(false)
+    }
+
+    /// Enqueues the choice, after the step's ops, of a token from each row that [`Backend::will_choose`] announced, as `engine::sampler`
+    /// defines it. The logits may be changed.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`].
+    fn choose(&mut self, _logits: &mut Self::Tensor) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    /// Waits for the oldest choice that was not taken, and takes it.
+    ///
+    /// # Errors
+    /// [`BackendError::Device`] if anything enqueued up to it failed.
+    fn chosen(&mut self) -> Result<Vec<Sampled>, BackendError> {
+        Ok(Vec::new())
     }
 
     /// Copies whole KV blocks (`from`, `to`) in every layer, before anything of the next step.

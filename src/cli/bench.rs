@@ -2,7 +2,8 @@
 //!
 //! A figure is the median over runs of whole steps of the resident model, from token ids to the greedy choice of the next ones,
 //! without tokenizing. Prefill runs a prompt in chunks (512 tokens on a CPU, 4096 on a GPU) and chooses the token after it;
-//! decode runs one token of each of several sequences per step and chooses the next of each.
+//! decode runs one token of each of several sequences per step and chooses the next of each. As in the engine, a GPU gets its next
+//! step before the one under way is done, with tokens that it chose itself.
 
 use std::fmt::Write as _;
 use std::time::Instant;
@@ -11,7 +12,7 @@ use super::load::{ModelArgs, backend_exit};
 use super::{CliError, RunCommand};
 use crate::backend::cpu::{CpuBackend, measure_multiply_adds, measure_read_bandwidth};
 use crate::backend::cuda;
-use crate::backend::{BLOCK_TOKENS, BackendError, Batch, KvDtype, KvLayout, SampleRow, SeqSpan};
+use crate::backend::{BLOCK_TOKENS, BackendError, Batch, Feed, KvDtype, KvLayout, SampleRow, SeqSpan};
 use crate::engine::sampler::{RowOptions, Sampler};
 use crate::engine::{DeviceName, LoadError, RunnerLimits, StepModel, kv_blocks, kv_layout};
 use crate::gguf::GgufFile;
@@ -177,11 +178,7 @@ fn measure(model: &mut impl StepModel, test: &Test, runs: usize, chunk: usize) -
     let mut seconds = Vec::new();
     for i in 0..=runs {
         let start = Instant::now();
-        for (at, n) in test.steps() {
-            let wants_logits = at + n == test.start() + test.n_tokens() || matches!(test, Test::Decode { .. });
-            let batch = batch(model, 0..test.n_sequences(), at, n, wants_logits);
-            step(model, &batch, &mut logits)?;
-        }
+        run(model, test, &mut logits)?;
         if i > 0 {
             seconds.push(start.elapsed().as_secs_f64());
         }
@@ -189,9 +186,36 @@ fn measure(model: &mut impl StepModel, test: &Test, runs: usize, chunk: usize) -
     Ok(seconds)
 }
 
+/// Runs the steps of a test once.
+fn run(model: &mut impl StepModel, test: &Test, logits: &mut Vec<f32>) -> Result<(), CliError> {
+    let failed = |e: BackendError| CliError::new(backend_exit(&e), e);
+    let decodes = matches!(test, Test::Decode { .. });
+    let mut n_under_way = 0;
+    for (i, (at, n)) in test.steps().into_iter().enumerate() {
+        let wants_logits = decodes || at + n == test.start() + test.n_tokens();
+        let mut batch = batch(model, 0..test.n_sequences(), at, n, wants_logits);
+        if !model.runs_ahead() {
+            step(model, &batch, logits)?;
+            continue;
+        }
+        if decodes && i > 0 {
+            batch.feeds = (0..batch.tokens.len() as u32).map(|i| Feed { token: i, row: i }).collect();
+        }
+        let rows = vec![SampleRow::greedy(); batch.logit_rows.len()];
+        let begun = model.enqueue(&batch, &rows).map_err(failed)?;
+        assert!(begun, "the most likely token is never left to the host");
+        n_under_way += 1;
+        if n_under_way == 2 {
+            model.collect().map_err(failed)?;
+            n_under_way = 1;
+        }
+    }
+    (0..n_under_way).try_for_each(|_| model.collect().map(drop)).map_err(failed)
+}
+
 fn step(model: &mut impl StepModel, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), CliError> {
     let failed = |e: BackendError| CliError::new(backend_exit(&e), e);
-    let rows = vec![GREEDY; batch.logit_rows.len()];
+    let rows = vec![SampleRow::greedy(); batch.logit_rows.len()];
     if rows.is_empty() {
         return model.run(batch, logits).map_err(failed);
     }
@@ -201,20 +225,6 @@ fn step(model: &mut impl StepModel, batch: &Batch, logits: &mut Vec<f32>) -> Res
     }
     Ok(())
 }
-
-/// The most likely token.
-const GREEDY: SampleRow<'static> = SampleRow {
-    temperature: 0.0,
-    top_k: 0,
-    top_p: 1.0,
-    min_p: 0.0,
-    seed: 0,
-    choice: 0,
-    index: 0,
-    bias: &[],
-    forbidden: &[],
-    n_logprobs: None,
-};
 
 /// The most likely token of each row, as the engine chooses it on the host.
 fn greedy(logits: &mut [f32], n_vocab: usize) -> Vec<u32> {

@@ -13,6 +13,8 @@ use crate::engine::{BoxedModel, DeviceError, DeviceName, DeviceOptions, LoadErro
 use crate::gguf::GgufFile;
 use crate::models::{ModelSpec, describe};
 use crate::text::{ChatTemplate, Tokenizer};
+use crate::worker::sizing::arena_bytes;
+use playhouse_config::units::parse_size;
 
 /// The flags that say which model runs where.
 #[derive(Debug, Clone, clap::Args)]
@@ -26,6 +28,9 @@ pub(crate) struct ModelArgs {
     /// Most tokens of prompt and answer together [default: what the model was made for, at most 4096]
     #[arg(long, short, visible_alias = "ctx-size", value_name = "TOKENS")]
     pub(crate) ctx: Option<usize>,
+    /// Most memory of a GPU to take, such as `24GB` [default: what is free]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) memory_limit: Option<u64>,
     /// Threads on the CPU [default: one per core]. The text does not depend on it
     #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) threads: Option<u16>,
@@ -93,6 +98,7 @@ impl ModelArgs {
     pub(crate) fn load(&self, limits: impl FnOnce(usize, KvDtype) -> RunnerLimits) -> Result<LoadedModel, CliError> {
         let start = Instant::now();
         let device = self.device()?;
+        let _warm = device.warm_up();
         let file = self.open()?;
         let spec = describe(&file).map_err(LoadError::from)?;
         let tokenizer = self.tokenizer(&file)?;
@@ -100,7 +106,8 @@ impl ModelArgs {
         let template = ChatTemplate::from_gguf(&file, &tokenizer).map_err(|e| CliError::new(Exit::BadModel, e))?;
         let limits = limits(self.n_ctx(&spec)?, device.default_kv());
         let bar = Bar::new();
-        let options = DeviceOptions { n_threads: self.threads.map(usize::from), ..DeviceOptions::default() };
+        let options =
+            DeviceOptions { n_threads: self.threads.map(usize::from), memory_cap: self.memory_limit.map(arena_bytes) };
         let runner = load_model(&file, &device, options, limits, &mut |progress| bar.show(&progress))?;
         bar.clear();
         Ok(LoadedModel { file, tokenizer, template, runner, spec, device, load_time: start.elapsed() })

@@ -172,6 +172,7 @@ fn batch(tokens: &[u32], from: usize, to: usize, wants_logits: bool) -> Batch {
         positions,
         spans: vec![SeqSpan { first: 0, n_tokens, kv_len: to, blocks }],
         logit_rows: if wants_logits { (0..n_tokens as u32).collect() } else { Vec::new() },
+        feeds: Vec::new(),
     }
 }
 

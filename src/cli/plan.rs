@@ -47,8 +47,8 @@ fn device_table(device: &DevicePlan) -> String {
     let _ = writeln!(text, "{} ({}): {}{foreign}", device.device, device.name, Bytes(device.total_bytes));
     let _ = writeln!(
         text,
-        "  {:24} {:>10} {:>10} {:>10} {:>10} {:>10}",
-        "replica", "weights", "KV", "scratch", "context", "in all"
+        "  {:24} {:>10} {:>10} {:>10} {:>10} {:>10} {:>10}",
+        "replica", "weights", "KV", "scratch", "context", "in all", "limit"
     );
     for placement in &device.placements {
         let columns = [
@@ -58,7 +58,9 @@ fn device_table(device: &DevicePlan) -> String {
             placement.context_bytes,
             placement.total_bytes(),
         ];
-        let columns: Vec<String> = columns.iter().map(|bytes| format!("{:>10}", Bytes(*bytes).to_string())).collect();
+        let mut columns: Vec<String> = columns.iter().map(|bytes| Bytes(*bytes).to_string()).collect();
+        columns.push(placement.limit_bytes.map_or_else(|| "-".into(), |bytes| Bytes(bytes).to_string()));
+        let columns: Vec<String> = columns.iter().map(|text| format!("{text:>10}")).collect();
         let replica = format!("{}/{}", placement.model, placement.replica);
         let _ = writeln!(text, "  {replica:24} {}", columns.join(" "));
     }

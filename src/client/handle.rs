@@ -45,10 +45,7 @@ impl ModelHandle {
     /// [`RequestError`]; nothing was started.
     pub async fn generate(&self, request: GenerateRequest) -> Result<TokenStream, RequestError> {
         limits::check(&request)?;
-        let prompt = match &request.prompt {
-            Prompt::Tokens(tokens) => tokens.clone(),
-            Prompt::Text(text) => self.tokenize(text.clone(), EncodeOptions::PROMPT).await?,
-        };
+        let prompt = self.tokens_of(&request.prompt).await?;
         self.start(request, prompt).await
     }
 
@@ -77,10 +74,7 @@ impl ModelHandle {
     pub async fn embed(&self, prompt: Prompt) -> Result<Embedding, RequestError> {
         let request = GenerateRequest { max_tokens: Some(1), ..GenerateRequest::new(prompt) };
         limits::check(&request)?;
-        let prompt = match &request.prompt {
-            Prompt::Tokens(tokens) => tokens.clone(),
-            Prompt::Text(text) => self.tokenize(text.clone(), EncodeOptions::PROMPT).await?,
-        };
+        let prompt = self.tokens_of(&request.prompt).await?;
         let generate = Generate { task: Task::Embed, ..self.choice(&request, &prompt, 0, 0) };
         let mut stream = self.tree.generate(generate).await?;
         match stream.next().await {
@@ -116,6 +110,13 @@ impl ModelHandle {
         limits::at_most("prompt", text.len() as u64, 0, limits::PROMPT_BYTES_MAX as u64)?;
         let card = self.card.clone();
         blocking(move || Ok(card.tokenizer.encode(&text, options)?)).await
+    }
+
+    async fn tokens_of(&self, prompt: &Prompt) -> Result<Vec<u32>, RequestError> {
+        match prompt {
+            Prompt::Tokens(tokens) => Ok(tokens.clone()),
+            Prompt::Text(text) => self.tokenize(text.clone(), EncodeOptions::PROMPT).await,
+        }
     }
 
     /// The text of tokens. Ids outside the vocabulary have no text.

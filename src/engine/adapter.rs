@@ -251,6 +251,7 @@ impl Sequence {
             positions: positions.map(|pos| pos as u32).collect(),
             spans: vec![span],
             logit_rows: wants_logits.then_some(tokens.len() as u32 - 1).into_iter().collect(),
+            feeds: Vec::new(),
         }
     }
 }

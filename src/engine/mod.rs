@@ -14,6 +14,7 @@ mod batch;
 pub mod kv;
 pub mod sampler;
 mod constrain;
+mod histories;
 mod validate;
 
 pub use adapter::{Adapter, AdapterError, Generation, SequenceId};

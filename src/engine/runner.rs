@@ -169,19 +169,21 @@ impl<B: Backend> StepModel for Runner<B> {
         Ok(())
     }
 
-    fn run_and_choose(
-        &mut self,
-        batch: &Batch,
-        rows: &[SampleRow<'_>],
-        logits: &mut Vec<f32>,
-    ) -> Result<Option<Vec<Sampled>>, BackendError> {
-        forward(&mut self.backend, &self.resident, &mut self.activations, batch, None)?;
-        let sampled = self.backend.choose(self.activations.logits_mut(), rows)?;
-        if sampled.is_none() {
-            logits.resize(batch.logit_rows.len() * self.spec.n_vocab, 0.0);
-            self.backend.read(self.activations.logits(), logits)?;
+    fn runs_ahead(&self) -> bool {
+        self.backend.chooses()
+    }
+
+    fn enqueue(&mut self, batch: &Batch, rows: &[SampleRow<'_>]) -> Result<bool, BackendError> {
+        if !self.backend.will_choose(rows)? {
+            return Ok(false);
         }
-        Ok(sampled)
+        forward(&mut self.backend, &self.resident, &mut self.activations, batch, None)?;
+        self.backend.choose(self.activations.logits_mut())?;
+        Ok(true)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sampled>, BackendError> {
+        self.backend.chosen()
     }
 
     fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), BackendError> {

@@ -1,7 +1,19 @@
 //! Decides what each step computes. Pure: no clock, no locks, no device; time is passed in.
 //!
 //! A step is [`Scheduler::plan`], then the model, then [`Scheduler::commit`]. Between the two nothing is lost: a plan that
-//! was not carried out is simply made again.
+//! was not carried out is simply made again. [`Scheduler::begin`] says that a plan is being carried out; the next one builds on it
+//! before it is committed, without knowing the tokens that it chooses. So a device has a step to do while the host settles the
+//! one before:
+//!
+//! ```text
+//! plan 1, begin 1, plan 2, begin 2, commit 1, plan 3, begin 3, commit 2 ...
+//! ```
+//!
+//! - A sequence that turns out to have ended in step 1 has a row in step 2 that nobody wants. Its blocks are free at once: the device
+//!   runs one step after the other, and whoever gets them writes them in step 3.
+//! - One that is held to a form sits out every other step, because what may follow a token is known when the token is. Where half of the
+//!   running sequences or more would sit out, the plan is empty: all take part in the step after.
+//! - One that is preempted while it is in a step keeps the token which that step chooses.
 //!
 //! The rules, in the order of the queue (higher priority first, then arrival):
 //!
@@ -52,6 +64,10 @@ pub struct Work {
     pub n_tokens: usize,
     /// Whether they include its last token, so that the next is chosen.
     pub chooses: bool,
+    /// Row of the step before which chooses its last token, if the host does not know that yet.
+    pub feed: Option<u32>,
+    /// Times that the sequence had been preempted.
+    term: u32,
 }
 
 /// A sequence that ended well.
@@ -182,12 +198,22 @@ impl Scheduler {
         !self.sequences.is_empty()
     }
 
+    /// A sequence, if it has not ended.
+    pub fn find(&self, key: QueueKey) -> Option<&Sequence> {
+        self.sequences.get(&key)
+    }
+
     /// A live sequence.
     ///
     /// # Panics
     /// If it has ended.
     pub fn sequence(&self, key: QueueKey) -> &Sequence {
         &self.sequences[&key]
+    }
+
+    /// Whether a sequence runs.
+    pub fn is_running(&self, key: QueueKey) -> bool {
+        self.running.contains(&key)
     }
 
     /// Sequences that run.
@@ -234,6 +260,9 @@ impl Scheduler {
     pub fn plan(&mut self, now: Instant) -> StepPlan {
         let mut plan = StepPlan::default();
         self.end_due(now, &mut plan);
+        if self.waits_for_host() {
+            return plan;
+        }
         self.plan_running(&mut plan);
         if plan.n_preempted == 0 {
             self.admit_waiting(&mut plan);
@@ -241,8 +270,30 @@ impl Scheduler {
         plan
     }
 
-    /// Takes note of a step that was carried out. `outcomes`: one for each work that chooses, in order.
-    /// Returns the sequences that ended well.
+    /// Takes note of a step that is being carried out: the next plan builds on it.
+    ///
+    /// # Panics
+    /// If the plan is not the last that was made.
+    pub fn begin(&mut self, plan: &StepPlan) {
+        let mut rows = 0..;
+        for work in &plan.work {
+            let sequence = self.sequences.get_mut(&work.key).expect("planned sequences are alive");
+            sequence.begin(work.n_tokens, work.chooses.then(|| rows.next()).flatten());
+        }
+    }
+
+    /// Nothing will come of the steps that have begun and are not committed: they are planned again.
+    pub fn forget_begun(&mut self) {
+        self.sequences.values_mut().for_each(Sequence::forget_begun);
+    }
+
+    /// Whether a sequence is still where it was when this work was planned.
+    pub fn is_current(&self, work: &Work) -> bool {
+        self.find(work.key).is_some_and(|sequence| sequence.term() == work.term)
+    }
+
+    /// Takes note of a step that was carried out. `outcomes`: one for each work that chooses, in order; those of sequences that have ended
+    /// since are ignored. Returns the sequences that ended well.
     ///
     /// # Panics
     /// If the number of outcomes is not that of the choices.
@@ -250,14 +301,15 @@ impl Scheduler {
         let mut ended = Vec::new();
         let mut outcomes = outcomes.iter();
         for work in &plan.work {
-            let sequence = self.sequences.get_mut(&work.key).expect("planned sequences are alive");
-            sequence.advance(work.n_tokens, &mut self.kv);
-            if !work.chooses {
-                continue;
+            let outcome = work.chooses.then(|| *outcomes.next().expect("an outcome for each choice"));
+            let Some(sequence) = self.sequences.get_mut(&work.key) else { continue };
+            if sequence.term() == work.term {
+                sequence.advance(work.n_tokens, &mut self.kv);
             }
-            match *outcomes.next().expect("an outcome for each choice") {
-                Outcome::Without => drop(self.end(work.key)),
-                Outcome::Token(token) => {
+            match outcome {
+                None => {}
+                Some(Outcome::Without) => drop(self.end(work.key)),
+                Some(Outcome::Token(token)) => {
                     sequence.push(token, &self.kv);
                     if let Some(reason) = self.sequences[&work.key].finish(self.n_limit()) {
                         ended.push(self.finish(work.key, reason));
@@ -295,8 +347,17 @@ impl Scheduler {
         }
     }
 
+    /// Whether so many sequences cannot go on before the host has seen their last token that the others wait for them.
+    fn waits_for_host(&self) -> bool {
+        let running = self.running.iter().map(|key| &self.sequences[key]);
+        let n_held = running.filter(|sequence| sequence.n_awaited() > 0 && sequence.is_held()).count();
+        n_held > 0 && 2 * n_held >= self.running.len()
+    }
+
     fn plan_running(&mut self, plan: &mut StepPlan) {
-        let keys: Vec<QueueKey> = self.running.iter().copied().collect();
+        let n_limit = self.n_limit();
+        let goes_on = |key: &QueueKey| self.sequences[key].may_go_on(n_limit);
+        let keys: Vec<QueueKey> = self.running.iter().copied().filter(goes_on).collect();
         let n_decoding = keys.iter().filter(|key| self.sequences[key].n_pending() == 1).count();
         let mut prefill_budget = self.limits.max_batch_tokens - n_decoding;
         for key in keys {
@@ -318,7 +379,7 @@ impl Scheduler {
     fn make_room(&mut self, key: QueueKey, n_tokens: usize, plan: &mut StepPlan) -> bool {
         loop {
             let sequence = self.sequences.get_mut(&key).expect("running sequences are alive");
-            let n_wanted = sequence.n_computed() + n_tokens;
+            let n_wanted = sequence.n_planned() + n_tokens;
             if self.kv.grow(&mut sequence.table, n_wanted) {
                 return true;
             }
@@ -337,10 +398,11 @@ impl Scheduler {
         let mut n_promised: usize = self.running.iter().map(|key| self.n_blocks_wanted(&self.sequences[key])).sum();
         let candidates: Vec<QueueKey> = self.waiting.iter().copied().collect();
         for key in candidates {
-            if budget == 0 || self.running.len() == self.limits.max_sequences {
+            let sequence = &self.sequences[&key];
+            // Who was preempted while its token was being chosen has to know it first.
+            if budget == 0 || self.running.len() == self.limits.max_sequences || sequence.n_awaited() > 0 {
                 break;
             }
-            let sequence = &self.sequences[&key];
             let found = self.find_prefix(sequence);
             if self.will_be_shared(sequence, found.blocks.len()) {
                 continue;
@@ -395,7 +457,7 @@ impl Scheduler {
 
     /// Blocks that a sequence does not have yet and needs for its tokens and the one after them.
     fn n_blocks_wanted(&self, sequence: &Sequence) -> usize {
-        let n_tokens = (sequence.tokens().len() + 1).min(self.n_limit());
+        let n_tokens = (sequence.tokens().len() + sequence.n_awaited() + 1).min(self.n_limit());
         blocks_for(n_tokens).saturating_sub(sequence.table().len())
     }
 
@@ -405,7 +467,8 @@ impl Scheduler {
 
     fn work(&self, key: QueueKey, n_tokens: usize) -> Work {
         let sequence = &self.sequences[&key];
-        Work { key, first: sequence.n_computed(), n_tokens, chooses: n_tokens == sequence.n_pending() }
+        let (first, chooses) = (sequence.n_planned(), n_tokens == sequence.n_pending());
+        Work { key, first, n_tokens, chooses, feed: sequence.awaited_row(), term: sequence.term() }
     }
 
     fn preempt(&mut self, key: QueueKey) {

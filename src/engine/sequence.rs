@@ -81,6 +81,14 @@ pub struct Sequence {
     hashes: Vec<BlockHash>,
     /// Tokens whose keys and values are in the blocks of `table`.
     n_computed: usize,
+    /// The same once the steps are done that have begun.
+    n_planned: usize,
+    /// Tokens after `tokens` that are chosen by steps that have begun.
+    n_awaited: usize,
+    /// Where the last of them is chosen: its row in its step.
+    awaited_row: u32,
+    /// Times it was preempted: what a step computed for an earlier term is gone.
+    term: u32,
     n_cached: Option<u32>,
     pub(super) table: BlockTable,
 }
@@ -95,6 +103,10 @@ impl Sequence {
             tokens,
             hashes: Vec::new(),
             n_computed: 0,
+            n_planned: 0,
+            n_awaited: 0,
+            awaited_row: 0,
+            term: 0,
             n_cached: None,
             table: BlockTable::default(),
         };
@@ -132,9 +144,40 @@ impl Sequence {
         self.n_computed
     }
 
-    /// Tokens to compute before the next can be chosen.
+    /// Tokens that will be in its blocks when the steps are done that have begun.
+    pub fn n_planned(&self) -> usize {
+        self.n_planned
+    }
+
+    /// Tokens that no step computes yet and that are to be computed before the next can be chosen.
     pub fn n_pending(&self) -> usize {
-        self.tokens.len() - self.n_computed
+        self.tokens.len() + self.n_awaited - self.n_planned
+    }
+
+    /// Tokens that are chosen by steps that have begun.
+    pub fn n_awaited(&self) -> usize {
+        self.n_awaited
+    }
+
+    /// Row in its step of the last token that is awaited.
+    pub fn awaited_row(&self) -> Option<u32> {
+        (self.n_awaited > 0).then_some(self.awaited_row)
+    }
+
+    /// Times it was preempted.
+    pub fn term(&self) -> u32 {
+        self.term
+    }
+
+    /// Whether each of its tokens must be seen by the host before the next can be chosen.
+    pub fn is_held(&self) -> bool {
+        self.request.constraint.is_some()
+    }
+
+    /// Whether its next step may begin: unless the host must see the token first that is awaited, or that token is its last, whichever it
+    /// is, given that the sequence may have `n_limit` tokens.
+    pub fn may_go_on(&self, n_limit: usize) -> bool {
+        self.n_awaited == 0 || !(self.is_held() || self.is_full(self.n_awaited, n_limit))
     }
 
     /// Tokens emitted, by this engine and before.
@@ -142,9 +185,9 @@ impl Sequence {
         self.tokens.len() - self.request.prompt.len()
     }
 
-    /// Stop ids that may not be chosen yet: all of them until `min_tokens` are emitted.
-    pub fn forbidden(&self) -> &[u32] {
-        if self.n_emitted() < self.request.min_tokens as usize { &self.request.stop_ids } else { &[] }
+    /// Index in the output of the token that its next step chooses.
+    pub fn next_index(&self) -> usize {
+        self.n_emitted() + self.n_awaited
     }
 
     /// Whether the sequence is at its end, for good, given that it may have `n_limit` tokens.
@@ -153,8 +196,12 @@ impl Sequence {
         if last_emitted.is_some_and(|last| self.request.stop_ids.contains(last)) {
             return Some(FinishReason::Stop);
         }
-        let is_full = self.n_emitted() >= self.request.max_tokens as usize || self.tokens.len() >= n_limit;
-        is_full.then_some(FinishReason::Length)
+        self.is_full(0, n_limit).then_some(FinishReason::Length)
+    }
+
+    /// Whether it has room for no more tokens with `n_more`.
+    fn is_full(&self, n_more: usize, n_limit: usize) -> bool {
+        self.n_emitted() + n_more >= self.request.max_tokens as usize || self.tokens.len() + n_more >= n_limit
     }
 
     /// What it took so far.
@@ -170,26 +217,43 @@ impl Sequence {
     /// Starts with `n_computed` tokens found in the prefix cache. Returns whether it is the first time.
     pub(super) fn admit(&mut self, n_computed: usize) -> bool {
         self.transit(Transition::Admit);
-        self.n_computed = n_computed;
+        (self.n_computed, self.n_planned) = (n_computed, n_computed);
         let n_cached = n_computed.min(self.request.prompt.len());
         let is_first = self.n_cached.is_none();
         self.n_cached.get_or_insert(u32::try_from(n_cached).expect("a context has fewer than 2^32 tokens"));
         is_first
     }
 
+    /// Notes that a step has begun that computes the next `n_tokens` tokens, and chooses a token in `row`.
+    pub(super) fn begin(&mut self, n_tokens: usize, row: Option<u32>) {
+        self.n_planned += n_tokens;
+        if let Some(row) = row {
+            (self.n_awaited, self.awaited_row) = (self.n_awaited + 1, row);
+        }
+    }
+
+    /// Forgets the steps that have begun: nothing will come of them.
+    pub(super) fn forget_begun(&mut self) {
+        (self.n_planned, self.n_awaited) = (self.n_computed, 0);
+    }
+
     /// Notes that the next `n_tokens` tokens are computed and makes the blocks they fill known to the prefix cache.
     pub(super) fn advance(&mut self, n_tokens: usize, kv: &mut KvCache) {
         let first_full = self.n_computed / BLOCK_TOKENS;
         self.n_computed += n_tokens;
+        self.n_planned = self.n_planned.max(self.n_computed);
         for index in first_full..self.n_computed / BLOCK_TOKENS {
             let tokens = &self.tokens[index * BLOCK_TOKENS..(index + 1) * BLOCK_TOKENS];
             kv.register(&mut self.table, index, self.hashes[index], tokens);
         }
     }
 
-    /// Appends a chosen token.
+    /// Appends a chosen token. It may have been preempted since its step began.
     pub(super) fn push(&mut self, token: u32, kv: &KvCache) {
-        self.transit(Transition::TokensComputed);
+        if self.phase.is_running() {
+            self.transit(Transition::TokensComputed);
+        }
+        self.n_awaited = self.n_awaited.saturating_sub(1);
         self.tokens.push(token);
         self.hash_full_blocks(kv);
     }
@@ -198,7 +262,8 @@ impl Sequence {
     pub(super) fn preempt(&mut self, kv: &mut KvCache) {
         self.transit(Transition::Preempt);
         kv.release(&mut self.table);
-        self.n_computed = 0;
+        (self.n_computed, self.n_planned) = (0, 0);
+        self.term += 1;
     }
 
     /// Gives its blocks back for good.

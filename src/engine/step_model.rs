@@ -32,7 +32,8 @@ pub trait StepModel {
     fn capacity(&self) -> StepCapacity;
 
     /// Runs one step: writes the keys and values of every token of `batch` at its slot, and fills `logits` with
-    /// `batch.logit_rows.len() * n_vocab` values, one row after another (resized as needed, old content ignored).
+    /// `batch.logit_rows.len() * n_vocab` values, one row after another (resized as needed, old content ignored). Nothing may be under way,
+    /// and nothing be fed.
     ///
     /// # Errors
     /// [`BackendError::OutOfMemory`]: nothing of the step may be relied on, but it can be run again.
@@ -47,17 +48,44 @@ pub trait StepModel {
     /// [`BackendError::Device`].
     fn hidden(&mut self, rows: &[u32], hidden: &mut Vec<f32>) -> Result<(), BackendError>;
 
-    /// Runs one step and chooses a token from each row of logits, as [`super::sampler`] defines it, where the model can do that
-    /// without giving the logits away. `None` where it cannot: then `logits` is as after [`StepModel::run`].
+    /// Whether the model chooses tokens itself, and may be given a step while another is under way: whether
+    /// [`StepModel::enqueue`] is of use.
+    fn runs_ahead(&self) -> bool {
+        false
+    }
+
+    /// Begins a step, and the choice of a token from each row of its logits, as [`super::sampler`] defines it; waits for nothing. At
+    /// most one other may be under way, on whose choices [`Batch::feeds`] may rest. `false`, and nothing was done, where these rows are
+    /// for the host.
+    ///
+    /// # Errors
+    /// As [`StepModel::run`]; a step under way is not touched by it.
+    fn enqueue(&mut self, _batch: &Batch, _rows: &[SampleRow<'_>]) -> Result<bool, BackendError> {
+        Ok(false)
+    }
+
+    /// Waits for the oldest step under way: what became of each of its rows. Without one there are none.
+    ///
+    /// # Errors
+    /// As [`StepModel::run`]: it is not under way any more, and what was enqueued after it is as unreliable.
+    fn collect(&mut self) -> Result<Vec<Sampled>, BackendError> {
+        Ok(Vec::new())
+    }
+
+    /// Runs one step and chooses a token from each row of its logits where the model does that. `None` where it does not: then `logits` is as
+    /// after [`StepModel::run`]. Nothing may be under way.
     ///
     /// # Errors
     /// As [`StepModel::run`].
     fn run_and_choose(
         &mut self,
         batch: &Batch,
-        _rows: &[SampleRow<'_>],
+        rows: &[SampleRow<'_>],
         logits: &mut Vec<f32>,
     ) -> Result<Option<Vec<Sampled>>, BackendError> {
+        if self.enqueue(batch, rows)? {
+            return self.collect().map(Some);
+        }
         self.run(batch, logits)?;
         Ok(None)
     }
@@ -93,13 +121,16 @@ impl<M: StepModel + ?Sized> StepModel for Box<M> {
         (**self).hidden(rows, hidden)
     }
 
-    fn run_and_choose(
-        &mut self,
-        batch: &Batch,
-        rows: &[SampleRow<'_>],
-        logits: &mut Vec<f32>,
-    ) -> Result<Option<Vec<Sampled>>, BackendError> {
-        (**self).run_and_choose(batch, rows, logits)
+    fn runs_ahead(&self) -> bool {
+        (**self).runs_ahead()
+    }
+
+    fn enqueue(&mut self, batch: &Batch, rows: &[SampleRow<'_>]) -> Result<bool, BackendError> {
+        (**self).enqueue(batch, rows)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sampled>, BackendError> {
+        (**self).collect()
     }
 
     fn copy_blocks(&mut self, pairs: &[(u32, u32)]) -> Result<(), BackendError> {

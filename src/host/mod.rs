@@ -34,7 +34,7 @@ use playhouse_actors::messages::{HouseEvent, HouseStatus, Phase, ReplicaStatus};
 use playhouse_actors::policy::placement::Plan;
 use playhouse_actors::sim::SimInventory;
 use playhouse_actors::{Drained, HouseArgs, HouseHandle, Refusal};
-use playhouse_config::{Config, Limits, Overrides, PciBusId};
+use playhouse_config::{Config, DeviceSelector, Limits, Overrides, PciBusId};
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, Hasher};
 use std::path::PathBuf;
@@ -386,20 +386,22 @@ async fn prepare(config: Config, mut inventory: Box<dyn Inventory>) -> Result<Pr
     prepared.await.map_err(lost)?
 }
 
-/// What a device's name on a command line means.
+/// What a device's name on a command line means: `cpu`, an index, a PCI bus id, a UUID or the beginning of one.
 fn find_device(text: &str, devices: &[Device]) -> Option<DeviceId> {
     if text == "cpu" {
         return Some(DeviceId::cpu());
     }
-    let uuids: Vec<DeviceId> = devices.iter().map(|device| DeviceId::gpu(device.uuid.clone())).collect();
     let pci = |device: &Device| device.pci_bus_id.as_deref().and_then(PciBusId::parse);
-    let by_pci = || {
-        let wanted = PciBusId::parse(text)?;
-        devices.iter().position(|device| pci(device) == Some(wanted))
+    let known: Vec<_> = devices.iter().map(|device| (device.uuid.as_str(), pci(device))).collect();
+    let selector = match (text.parse(), PciBusId::parse(text)) {
+        (Ok(index), _) => DeviceSelector::Index(index),
+        (_, Some(id)) => DeviceSelector::Pci(id),
+        // More than what all UUIDs begin with: a mistyped model is no device.
+        _ if text.len() > "GPU-".len() => DeviceSelector::Uuid(text.to_owned()),
+        _ => return None,
     };
-    let by_index = || text.parse::<usize>().ok().filter(|index| *index < devices.len());
-    let by_uuid = || uuids.iter().position(|uuid| uuid.as_str() == text);
-    by_uuid().or_else(by_pci).or_else(by_index).map(|index| uuids[index].clone())
+    // A beginning that several have is none.
+    selector.find(&known).ok().map(|index| DeviceId::gpu(devices[index].uuid.clone()))
 }
 
 /// The limits of the front, without those that the router takes over.
@@ -432,4 +434,27 @@ fn restart_needed(old: &Config, new: &Config) -> Vec<String> {
         ("simulate", old.simulate != new.simulate),
     ];
     differs.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key.to_owned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_found_by_whatever_names_them() {
+        let device = |uuid: &str, bus: &str| Device {
+            uuid: uuid.into(),
+            pci_bus_id: Some(format!("00000000:{bus}:00.0")),
+            ..Device::default()
+        };
+        let devices = [device("GPU-5d5b01", "3B"), device("GPU-5d5c02", "AF")];
+        let found = |text: &str| find_device(text, &devices).map(|device| device.to_string());
+        for name in ["GPU-5d5c02", "GPU-5d5c", "af:00.0", "1"] {
+            assert_eq!(found(name).as_deref(), Some("GPU-5d5c02"), "{name}");
+        }
+        assert_eq!(found("cpu").as_deref(), Some("cpu"));
+        for nothing in ["GPU-5d5", "GPU-6", "GPU-", "2", "01:00.0", "", "qwen"] {
+            assert_eq!(found(nothing), None, "{nothing}");
+        }
+    }
 }

@@ -141,6 +141,7 @@ pub fn plan(
             replicas: model.replicas,
             priority: model.priority,
             kv_budget_bytes: model.kv_budget_bytes,
+            memory_limit: model.memory_limit,
             demand,
             current: running.placed.get(&model.name).cloned().unwrap_or_default(),
         });

@@ -14,7 +14,7 @@
 //!
 //! Steps count from 1. `exit-at-step=3:1@basho/0#1` ends the first worker of `basho/0` in its third step with status 1.
 
-use crate::backend::{BackendError, Batch, MemoryUse};
+use crate::backend::{BackendError, Batch, MemoryUse, SampleRow, Sampled};
 use crate::engine::{StepCapacity, StepModel};
 use crossbeam_channel::{after, never};
 use playhouse_actors::messages::WorkerSpec;
@@ -82,7 +82,7 @@ impl Faults {
 
     /// `model` with its steps going wrong.
     pub(crate) fn wrap(self, model: Box<dyn StepModel>) -> Box<dyn StepModel> {
-        if self.0.is_empty() { model } else { Box::new(Faulty { model, faults: self.0, steps: 0 }) }
+        if self.0.is_empty() { model } else { Box::new(Faulty { model, faults: self.0, steps: 0, is_struck: false }) }
     }
 }
 
@@ -138,6 +138,8 @@ struct Faulty {
     model: Box<dyn StepModel>,
     faults: Vec<Fault>,
     steps: u64,
+    /// The step that begins was refused by the model, and will be run: its faults have struck.
+    is_struck: bool,
 }
 
 impl Faulty {
@@ -185,8 +187,25 @@ impl StepModel for Faulty {
     }
 
     fn run(&mut self, batch: &Batch, logits: &mut Vec<f32>) -> Result<(), BackendError> {
-        self.strike()?;
+        if !std::mem::take(&mut self.is_struck) {
+            self.strike()?;
+        }
         self.model.run(batch, logits)
+    }
+
+    fn runs_ahead(&self) -> bool {
+        self.model.runs_ahead()
+    }
+
+    fn enqueue(&mut self, batch: &Batch, rows: &[SampleRow<'_>]) -> Result<bool, BackendError> {
+        self.strike()?;
+        let begun = self.model.enqueue(batch, rows)?;
+        self.is_struck = !begun;
+        Ok(begun)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Sampled>, BackendError> {
+        self.model.collect()
     }
 
     fn hidden(&mut self, rows: &[u32], hidden: &mut Vec<f32>) -> Result<(), BackendError> {

@@ -1,6 +1,6 @@
 //! From a worker's task to an engine: which device, which file, which limits. The one place that knows the backends.
 
-use super::sizing::{kv_min_bytes, limits};
+use super::sizing::{arena_bytes, kv_min_bytes, limits};
 use crate::engine::{self, DeviceName, DeviceOptions, EngineOptions, LlmEngine, LoadError, RunnerLimits, StepModel};
 use crate::gguf::GgufFile;
 use crate::grammar::LazyGrammars;
@@ -87,6 +87,8 @@ pub(super) fn load(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded, EngineError> {
     let bad = |error: &dyn Display| EngineError::BadModel(format!("{}: {error}", spec.source));
+    let name = device_name(&spec.device)?;
+    let _warm = name.warm_up();
     let file = source::open(&spec.source).map_err(|error| bad(&error))?;
     let described = describe(&file).map_err(|error| bad(&error))?;
     let limits = limits(spec, &described).map_err(|error| bad(&error))?;
@@ -94,7 +96,8 @@ pub(super) fn load(
     if described.n_vocab > VOCAB_MAX {
         return Err(bad(&format!("a vocabulary of {} ids, expected at most {VOCAB_MAX}", described.n_vocab)));
     }
-    let model = load_model(&file, &spec.device, limits, threads, progress)?;
+    let options = DeviceOptions { n_threads: Some(threads), memory_cap: spec.memory_bytes_max.map(arena_bytes) };
+    let model = load_model(&file, &name, limits, options, progress)?;
     #[cfg(any(debug_assertions, feature = "fault-injection"))]
     let model = super::fault::Faults::of(spec).wrap(model);
     let (n_ctx, n_vocab) = (model.n_ctx(), model.n_vocab());
@@ -109,22 +112,24 @@ pub(super) fn load(
     Ok(Loaded { engine, kv_min_bytes, n_ctx, n_vocab })
 }
 
+fn device_name(device: &DeviceId) -> Result<DeviceName, EngineError> {
+    match kind(device) {
+        Kind::Cpu => Ok(DeviceName::Cpu),
+        Kind::Gpu => Ok(DeviceName::Gpu(device.to_string())),
+        Kind::Unknown => Err(EngineError::BadModel(DeviceError::Unknown(device.clone()).to_string())),
+    }
+}
+
 fn load_model(
     file: &GgufFile,
-    device: &DeviceId,
+    name: &DeviceName,
     limits: RunnerLimits,
-    threads: usize,
+    options: DeviceOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Box<dyn StepModel>, EngineError> {
     let named = |error: LoadError| match EngineError::from(error) {
         EngineError::BadModel(reason) => EngineError::BadModel(format!("{}: {reason}", file.label())),
         other => other,
     };
-    let name = match kind(device) {
-        Kind::Cpu => DeviceName::Cpu,
-        Kind::Gpu => DeviceName::Gpu(device.to_string()),
-        Kind::Unknown => return Err(EngineError::BadModel(DeviceError::Unknown(device.clone()).to_string())),
-    };
-    let options = DeviceOptions { n_threads: Some(threads), memory_cap: None };
-    Ok(engine::load_model(file, &name, options, limits, progress).map_err(named)?)
+    Ok(engine::load_model(file, name, options, limits, progress).map_err(named)?)
 }

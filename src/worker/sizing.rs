@@ -13,6 +13,11 @@ use playhouse_config::checked::KvType;
 /// An allowance for what a process with a CUDA context and our kernels takes on a card before anything is loaded.
 pub const CONTEXT_BYTES: u64 = 528 << 20;
 
+/// What weights, KV and scratch may take together where a process may take so much: the rest is the context's.
+pub fn arena_bytes(memory_bytes_max: u64) -> u64 {
+    memory_bytes_max.saturating_sub(CONTEXT_BYTES)
+}
+
 /// Settings that a model cannot be run with.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SizingError {

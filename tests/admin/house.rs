@@ -103,7 +103,8 @@ impl House for FakeHouse {
 
     async fn undrain(&self) -> Result<bool, Failure> {
         self.note("undrain".into());
-        self.undrained.notify_waiters();
+        // Kept for a drain that does not wait yet.
+        self.undrained.notify_one();
         Ok(true)
     }
 
@@ -211,6 +212,7 @@ fn reloaded() -> Reloaded {
         kv_bytes: 8 << 30,
         scratch_bytes: 1 << 28,
         context_bytes: 1 << 29,
+        limit_bytes: None,
         kv_min_bytes: 1 << 28,
     };
     let device = DevicePlan {

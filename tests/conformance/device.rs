@@ -202,6 +202,7 @@ pub(crate) fn plain_batch(n: usize) -> Batch {
         slots: ids.clone(),
         spans: vec![SeqSpan { first: 0, n_tokens: n, kv_len: n, blocks }],
         logit_rows: ids,
+        feeds: Vec::new(),
     }
 }
 

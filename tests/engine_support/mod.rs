@@ -6,6 +6,8 @@
 
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub(crate) mod delayed;
+
 use playhouse::backend::{BLOCK_TOKENS, BackendError, Batch, MemoryUse};
 use playhouse::engine::{LlmEngine, StepCapacity, StepModel};
 use playhouse_actors::engine::{

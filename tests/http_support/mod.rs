@@ -320,6 +320,7 @@ impl Setup {
             kv_bytes: 1 << 20,
             scratch_bytes: 0,
             context_bytes: 0,
+            limit_bytes: None,
             kv_min_bytes: 1,
         });
         let device = DevicePlan {

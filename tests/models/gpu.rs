@@ -2,13 +2,18 @@
 //!
 //! **Budget.** Activations and weights are rounded to f16 before each product (relative error 2^-11) and keys and values are
 //! f16. The checkpoints have 2 to 4 layers and logits of about 10; the divergence of the next token's distribution
-//! from the CPU's stays under 1e-3 at each position, and under 1e-2 for quantised ones. Where experts are chosen, a token
-//! whose scores all but tie may go to another expert, and any distance away: there the mean over positions is held.
+//! from the CPU's stays under 1e-3 at each position, and under 1e-2 for quantised ones.
+//!
+//! **Experts.** A token whose scores all but tie may go to another expert, and then any distance away. So the CPU follows
+//! the GPU's choices, the budget is that of every model, and the choices are held to account: each is the best by the GPU's own
+//! scores, those are near the CPU's, and where the CPU would have chosen otherwise its scores differ by no more than that.
 
-use super::driver::{Sequence, all_logits, gpu, gpu_runner, push, runner};
+use super::driver::{Sequence, all_logits, gpu, gpu_runner, push};
 use super::golden::{self, Prompt, argmax, checkpoint, golden, logsumexp};
 use super::quantised::{BY_32, twins};
-use playhouse::backend::{Batch, KvDtype};
+use playhouse::backend::cpu::CpuBackend;
+use playhouse::backend::cuda::CudaBackend;
+use playhouse::backend::{Batch, KvDtype, Route, RouteDifference, Routes};
 use playhouse::dtype::DType;
 use playhouse::engine::{LoadError, Runner, RunnerLimits, StepModel, gpu_memory};
 use playhouse::gguf::GgufFile;
@@ -23,26 +28,104 @@ fn divergence(expected: &[f32], found: &[f32]) -> f64 {
     expected.iter().zip(found).map(term).sum()
 }
 
-/// The worst divergence over all positions of a prompt, and the mean.
-fn compare(what: &str, file: &GgufFile, prompt: &Prompt) -> Option<(f64, f64)> {
-    let mut on_gpu = gpu_runner(what, file, prompt.n_ctx)?;
-    let mut on_cpu = runner(file, prompt.n_ctx);
-    let n_vocab = on_cpu.n_vocab();
-    let mut sequence = Sequence::new(&on_cpu, 1);
-    let expected = all_logits(&mut on_cpu, &mut sequence, &prompt.tokens, 512);
-    let mut sequence = Sequence::new(&on_gpu, 1);
-    let found = all_logits(&mut on_gpu, &mut sequence, &prompt.tokens, 512);
-    let rows = expected.chunks(n_vocab).zip(found.chunks(n_vocab));
-    let all: Vec<f64> = rows.map(|(e, f)| divergence(e, f)).collect();
-    let (worst, mean) = (all.iter().copied().fold(0.0, f64::max), all.iter().sum::<f64>() / all.len() as f64);
-    assert!(all.iter().all(|d| d.is_finite()), "{what}: a logit is no number");
-    println!("{what}: {} tokens, divergence {worst:.2e} at worst, {mean:.2e} on average", prompt.tokens.len());
-    Some((worst, mean))
+/// Most that a score of a router may be off by: the scores of the checkpoints have a deviation of 1 to 2.
+const SCORE_ERROR: f64 = 0.02;
+
+/// A model on the GPU, and on a CPU that sends tokens to the experts that the GPU chose.
+struct Pair {
+    on_gpu: Runner<CudaBackend>,
+    on_cpu: Runner<CpuBackend>,
 }
 
-/// What the budget is held against.
-fn held(name: &str, (worst, mean): (f64, f64)) -> f64 {
-    if name.starts_with("gpt-oss") { mean } else { worst }
+impl Pair {
+    fn load(what: &str, file: &GgufFile, n_ctx: usize) -> Option<Pair> {
+        let limits =
+            |kv| RunnerLimits { max_batch_tokens: 1024, max_logit_rows: 1024, ..RunnerLimits::new(n_ctx, 8, kv) };
+        let (mut gpu, mut cpu) = (gpu(what)?, CpuBackend::with_threads(2));
+        cpu.follow_routes(gpu.tell_routes());
+        Some(Pair {
+            on_gpu: Runner::load(file, gpu, limits(KvDtype::F16), &mut |_| ()).unwrap(),
+            on_cpu: Runner::load(file, cpu, limits(KvDtype::F32), &mut |_| ()).unwrap(),
+        })
+    }
+
+    /// Logits of a batch on the GPU and on the CPU. Nothing is recorded: choices inside a graph cannot be told.
+    fn run(&mut self, batch: &Batch) -> (Vec<f32>, Vec<f32>) {
+        let (mut found, mut expected) = (Vec::new(), Vec::new());
+        self.on_gpu.run_probed(batch, &mut found, Some(&mut |_| ())).unwrap();
+        self.on_cpu.run(batch, &mut expected).unwrap();
+        (found, expected)
+    }
+
+    /// Holds the choices of experts to account.
+    fn check_routes(&self, what: &str) -> RouteDifference {
+        let routes = self.on_cpu.backend().route_difference();
+        assert_eq!(routes.n_wrong, 0, "{what}: {routes:?}");
+        assert!(routes.worst_error < SCORE_ERROR && routes.worst_gap <= 2.0 * routes.worst_error, "{what}: {routes:?}");
+        routes
+    }
+}
+
+/// The worst divergence over all positions of a prompt.
+fn compare(what: &str, file: &GgufFile, prompt: &Prompt) -> Option<f64> {
+    let mut pair = Pair::load(what, file, prompt.n_ctx)?;
+    let n_vocab = pair.on_cpu.n_vocab();
+    let mut batch = Batch::default();
+    push(&mut batch, &mut Sequence::new(&pair.on_gpu, 1), &prompt.tokens, true);
+    let (found, expected) = pair.run(&batch);
+    let rows = expected.chunks(n_vocab).zip(found.chunks(n_vocab));
+    let all: Vec<f64> = rows.map(|(e, f)| divergence(e, f)).collect();
+    assert!(all.iter().all(|d| d.is_finite()), "{what}: a logit is no number");
+    let (worst, mean) = (all.iter().copied().fold(0.0, f64::max), all.iter().sum::<f64>() / all.len() as f64);
+    let routes = pair.check_routes(what);
+    println!(
+        "{what}: {} tokens, divergence {worst:.2e} at worst, {mean:.2e} on average; {} of {} choices of experts differ, by \
+         {:.1e} at most, scores by {:.1e}",
+        prompt.tokens.len(),
+        routes.n_flips,
+        routes.n_choices,
+        routes.worst_gap,
+        routes.worst_error
+    );
+    Some(worst)
+}
+
+#[test]
+fn following_ones_own_choices_changes_nothing_and_others_are_seen() {
+    let (file, prompt) = (checkpoint("gpt-oss"), golden("gpt-oss").prompts.remove(1));
+    let run = |backend: CpuBackend| {
+        let limits = RunnerLimits { max_logit_rows: 512, ..RunnerLimits::new(prompt.n_ctx, 8, KvDtype::F32) };
+        let mut runner = Runner::load(&file, backend, limits, &mut |_| ()).unwrap();
+        let mut sequence = Sequence::new(&runner, 0);
+        let logits = all_logits(&mut runner, &mut sequence, &prompt.tokens, 512);
+        (logits, runner.backend().route_difference())
+    };
+    let mut first = CpuBackend::with_threads(2);
+    let routes = first.tell_routes();
+    let (expected, _) = run(first);
+    let told: Vec<Route> = std::iter::from_fn(|| routes.next()).collect();
+    let follow = |change: &dyn Fn(&mut Route)| {
+        let (mut backend, routes) = (CpuBackend::with_threads(2), Routes::default());
+        told.iter().cloned().for_each(|mut route| {
+            change(&mut route);
+            routes.push(route);
+        });
+        backend.follow_routes(routes);
+        run(backend)
+    };
+    let (same, difference) = follow(&|_| ());
+    assert!(same == expected, "the same experts give the same bits");
+    let n_choices = told.iter().map(|route| route.experts.len() / route.n_used).sum::<usize>();
+    assert_eq!((difference.n_choices, difference.n_flips, difference.worst_error), (n_choices, 0, 0.0));
+    // The first token of each op goes elsewhere with its last choice.
+    let (other, difference) = follow(&|route| {
+        let used = &route.experts[..route.n_used];
+        let unused = (0..route.n_experts).find(|expert| !used.contains(expert)).unwrap();
+        route.experts[route.n_used - 1] = unused;
+    });
+    assert!(other != expected);
+    assert!(difference.n_flips >= told.len() && difference.n_wrong == told.len(), "{difference:?}");
+    assert!(difference.worst_gap > 0.0);
 }
 
 #[test]
@@ -51,7 +134,7 @@ fn logits_are_those_of_the_cpu() {
         let file = checkpoint(name);
         for prompt in &golden(name).prompts {
             let Some(found) = compare(name, &file, prompt) else { return };
-            assert!(held(name, found) < 1e-3, "{name}: {found:?}");
+            assert!(found < 1e-3, "{name}: {found:?}");
         }
     }
 }
@@ -68,38 +151,51 @@ fn quantised_logits_are_those_of_the_cpu() {
             let (quantised, _) = twins(name, dtype);
             let what = format!("{name} as {}", dtype.name());
             let Some(found) = compare(&what, &quantised.file(dtype.name()), prompt) else { return };
-            assert!(held(name, found) < 1e-2, "{what}: {found:?}");
+            assert!(found < 1e-2, "{what}: {found:?}");
         }
     }
 }
 
-/// Along the answers of transformers, each token is the best, or as good as the best: rounding to f16 moves a logit by up to
-/// about 0.02, and where two are closer than that either may come first. A token that goes to another expert is a tie, too.
+/// A gap of logits that rounding to f16 may turn round: it moves each of the two by up to about 0.02.
+const TIE: f32 = 0.05;
+
+/// Along the answers of transformers, each token is the best on the CPU and on the GPU; or the two best are closer than a tie;
+/// or an earlier token went to another expert, which [`Pair::check_routes`] allows only where its scores tie. What a recorded step
+/// gives is what its ops give one by one, to the bit.
 #[test]
 fn greedy_answers_are_those_of_the_cpu() {
     let (mut n_tokens, mut n_ties) = (0, 0);
     for name in golden::ALL {
         let file = checkpoint(name);
         for prompt in &golden(name).prompts {
-            let Some(mut runner) = gpu_runner("greedy answers", &file, prompt.n_ctx) else { return };
-            let mut sequence = Sequence::new(&runner, 2);
+            let Some(mut recorded) = gpu_runner("greedy answers", &file, prompt.n_ctx) else { return };
+            let Some(mut pair) = Pair::load("greedy answers", &file, prompt.n_ctx) else { return };
+            let mut sequence = Sequence::new(&recorded, 2);
             let (mut next, mut logits) = (prompt.tokens.clone(), Vec::new());
             for (i, &expected) in prompt.greedy.iter().enumerate() {
+                let place = format!("{name}, {} tokens, {i}", prompt.tokens.len());
                 let mut batch = Batch::default();
                 push(&mut batch, &mut sequence, &next, false);
-                runner.run(&batch, &mut logits).unwrap();
-                let best = argmax(&logits);
-                let gap = logits[best as usize] - logits[expected as usize];
-                let is_tie = gap <= 0.05 || name.starts_with("gpt-oss");
-                assert!(is_tie, "{name}, {} tokens, {i}: {best} beats {expected} by {gap}", prompt.tokens.len());
+                recorded.run(&batch, &mut logits).unwrap();
+                let (on_gpu, on_cpu) = pair.run(&batch);
+                assert!(logits == on_gpu, "{place}: a recorded step gives other bits");
+                let best = argmax(&on_gpu);
+                // The CPU, with the same experts, finds the same token, or one that is as good.
+                let gap = on_cpu[argmax(&on_cpu) as usize] - on_cpu[best as usize];
+                assert!(gap <= TIE, "{place}: the CPU has another token {gap} above {best}");
+                // And so did transformers, with experts of their own.
+                let gap = on_gpu[best as usize] - on_gpu[expected as usize];
+                let has_parted = pair.on_cpu.backend().route_difference().n_flips > 0;
+                assert!(gap <= TIE || has_parted, "{place}: {best} beats {expected} by {gap}");
                 n_tokens += 1;
-                n_ties += usize::from(best != expected);
+                n_ties += usize::from(best != argmax(&on_cpu));
                 next = vec![expected];
             }
+            pair.check_routes(name);
         }
     }
     println!("{n_ties} of {n_tokens} greedy tokens are ties that the GPU breaks in another way");
-    assert!(n_ties * 200 < n_tokens, "{n_ties} of {n_tokens}");
+    assert!(n_ties * 500 < n_tokens, "{n_ties} of {n_tokens}");
 }
 
 #[test]
@@ -157,7 +253,6 @@ fn memory_is_as_predicted() {
 #[test]
 fn a_cap_on_memory_is_kept_and_refusals_leave_everything_usable() {
     use playhouse::backend::BackendError;
-    use playhouse::backend::cuda::CudaBackend;
     let Some(backend) = gpu("a cap") else { return };
     let uuid = backend.info().uuid.clone();
     let n_sms = backend.info().n_sms as usize;
@@ -181,4 +276,37 @@ fn a_cap_on_memory_is_kept_and_refusals_leave_everything_usable() {
     push(&mut batch, &mut Sequence::first_of(&runner), &[7; 20], false);
     runner.run(&batch, &mut logits).unwrap();
     assert!(logits.iter().all(|x| x.is_finite()));
+}
+
+/// A prompt's logits, in whole.
+fn answer(runner: &mut Runner<CudaBackend>, prompt: &Prompt) -> Vec<f32> {
+    let mut sequence = Sequence::new(runner, 0);
+    all_logits(runner, &mut sequence, &prompt.tokens, 512)
+}
+
+#[test]
+fn several_models_on_one_card_do_not_notice_each_other() {
+    let names = ["qwen2", "gpt-oss", "llama31", "phi3"];
+    let what = "several models";
+    let prompts: Vec<Prompt> = names.iter().map(|name| golden(name).prompts.remove(2)).collect();
+    let mut alone = Vec::new();
+    for (name, prompt) in names.iter().zip(&prompts) {
+        let Some(mut runner) = gpu_runner(what, &checkpoint(name), prompt.n_ctx) else { return };
+        alone.push(answer(&mut runner, prompt));
+    }
+    let load = |(name, prompt): (&&str, &Prompt)| gpu_runner(what, &checkpoint(name), prompt.n_ctx);
+    let mut all: Vec<Option<Runner<CudaBackend>>> = names.iter().zip(&prompts).map(load).collect();
+    // Steps in turn; then models go, one after the other, and come back.
+    for gone in [None, Some(1), Some(3), Some(0)] {
+        if let Some(gone) = gone {
+            let memory = all[gone].take().expect("it was there").memory();
+            assert!(memory.weights > 0 && memory.kv > 0);
+        }
+        for ((runner, prompt), expected) in all.iter_mut().zip(&prompts).zip(&alone) {
+            let Some(runner) = runner else { continue };
+            assert!(answer(runner, prompt) == *expected, "after {gone:?} went");
+        }
+    }
+    let mut again = load((&names[1], &prompts[1])).expect("there was a GPU");
+    assert!(answer(&mut again, &prompts[1]) == alone[1]);
 }

@@ -31,6 +31,7 @@ pub(crate) fn spec() -> WorkerSpec {
         device: DeviceId::cpu(),
         source: ModelSource::Embedded("basho".into()),
         kv_bytes: 16 << 20,
+        memory_bytes_max: None,
         kv_type: KvType::F16,
         context: Some(256),
         max_sequences: 4,

@@ -10,6 +10,7 @@
 //! on what they find free then.
 
 use crate::inventory::DeviceId;
+use playhouse_config::checked::MemoryLimit;
 use playhouse_config::units::Bytes;
 use playhouse_config::{DeviceSelector, Devices, PciBusId, Replicas, SelectError};
 use serde::{Deserialize, Serialize};
@@ -58,6 +59,8 @@ pub struct Wanted {
     pub priority: i32,
     /// Bytes for KV, if the configuration says.
     pub kv_budget_bytes: Option<u64>,
+    /// Most memory of a device that a replica takes, if the configuration says.
+    pub memory_limit: Option<MemoryLimit>,
     /// What a replica needs on a GPU.
     pub demand: Demand,
     /// Where it runs now, with so many bytes for KV: it stays there, with those, if all others find room, too.
@@ -105,6 +108,8 @@ pub struct Placement {
     pub context_bytes: u64,
     /// KV below this is useless.
     pub kv_min_bytes: u64,
+    /// Most bytes in all, if there is a limit: the worker holds itself to it.
+    pub limit_bytes: Option<u64>,
 }
 
 impl Placement {
@@ -145,6 +150,20 @@ pub enum PlacementError {
         missing_bytes: u64,
         /// Cards that were looked at.
         cards: usize,
+    },
+    /// A limit leaves too little.
+    #[error("{}", over_limit(.model, .device, .limit, *.needed_bytes, *.limit_bytes))]
+    OverLimit {
+        /// The model.
+        model: String,
+        /// The card.
+        device: DeviceId,
+        /// What the configuration says.
+        limit: String,
+        /// Bytes the model needs at the least.
+        needed_bytes: u64,
+        /// Bytes that it may have.
+        limit_bytes: u64,
     },
     /// A GPU is wanted and there is none.
     #[error("model `{model}` is to run on a GPU and there is none; `devices = \"cpu\"` runs it on the CPU")]
@@ -188,6 +207,17 @@ fn does_not_fit(
         "model `{model}` does not fit on {device} ({name}{best}): it needs {}, {} are free, {} ({missing} bytes) are missing",
         Bytes(needed),
         Bytes(free),
+        Bytes(missing)
+    )
+}
+
+fn over_limit(model: &str, device: &DeviceId, limit: &str, needed: u64, allowed: u64) -> impl fmt::Display {
+    let missing = needed.saturating_sub(allowed);
+    format!(
+        "model `{model}` needs {} on {device}, its `memory_limit` ({limit}) allows {}, {} ({missing} bytes) are missing: raise the \
+         limit, or set a smaller `context`, `max_batch_tokens` or `kv_budget`",
+        Bytes(needed),
+        Bytes(allowed),
         Bytes(missing)
     )
 }
@@ -252,9 +282,10 @@ impl<'a> Slot<'a> {
     fn take(&mut self, model: &Wanted, replica: u32, on_cpu: bool) {
         let demand = &model.demand;
         let kv_bytes = kv_least_bytes(model, Some(&self.card.id));
+        let limit_bytes = limit_bytes(model, self.card);
         let wish = match kv_fixed_bytes(model, Some(&self.card.id)) {
             Some(_) => 0,
-            None => demand.kv_full_bytes.saturating_sub(demand.kv_min_bytes),
+            None => kv_most_bytes(model, self.card, on_cpu).saturating_sub(demand.kv_min_bytes),
         };
         self.placements.push(Placement {
             model: model.name.clone(),
@@ -264,6 +295,7 @@ impl<'a> Slot<'a> {
             scratch_bytes: demand.scratch_bytes,
             context_bytes: if on_cpu { 0 } else { demand.context_bytes },
             kv_min_bytes: demand.kv_min_bytes,
+            limit_bytes,
         });
         self.wishes.push(wish);
         self.left = self.left.saturating_sub(bytes_with_kv(model, kv_bytes, on_cpu));
@@ -314,6 +346,32 @@ fn bytes_with_kv(model: &Wanted, kv: u64, on_cpu: bool) -> u64 {
     [demand.weights_bytes, demand.scratch_bytes, context, kv].into_iter().fold(0, u64::saturating_add)
 }
 
+/// Bytes of a card that a replica may have, if there is a limit.
+fn limit_bytes(model: &Wanted, card: &Card) -> Option<u64> {
+    model.memory_limit.map(|limit| limit.of(card.total_bytes))
+}
+
+/// The most KV that is of use: all sequences at the full context, or what the limit leaves.
+fn kv_most_bytes(model: &Wanted, card: &Card, on_cpu: bool) -> u64 {
+    let under = |limit: u64| limit.saturating_sub(bytes_with_kv(model, 0, on_cpu)).max(model.demand.kv_min_bytes);
+    limit_bytes(model, card).map_or(u64::MAX, under).min(model.demand.kv_full_bytes)
+}
+
+/// Refuses a card whose limit is below what the model needs.
+fn check_limit(model: &Wanted, card: &Card) -> Result<(), PlacementError> {
+    let needed_bytes = least_bytes(model, Some(&card.id));
+    match (model.memory_limit, limit_bytes(model, card)) {
+        (Some(limit), Some(limit_bytes)) if needed_bytes > limit_bytes => Err(PlacementError::OverLimit {
+            model: model.name.clone(),
+            device: card.id.clone(),
+            limit: limit.to_string(),
+            needed_bytes,
+            limit_bytes,
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// The slots that the replicas of a model take.
 fn choose_cards(
     model: &Wanted,
@@ -346,6 +404,7 @@ fn on_cpu(model: &Wanted, slots: &[Slot<'_>], cpu_slot: usize) -> Result<Vec<usi
         Replicas::All => 1,
         Replicas::Count(count) => count,
     };
+    check_limit(model, slots[cpu_slot].card)?;
     let needed = least_bytes(model, Some(&slots[cpu_slot].card.id)).saturating_mul(u64::from(replicas));
     if needed > slots[cpu_slot].left {
         return Err(short(model, &slots[cpu_slot], needed, 1));
@@ -385,10 +444,14 @@ fn best_cards(
     let least = |slot: usize| least_bytes(model, Some(&slots[slot].card.id));
     let full = |slot: usize| {
         let fixed = kv_fixed_bytes(model, Some(&slots[slot].card.id));
-        bytes_with_kv(model, fixed.unwrap_or(model.demand.kv_full_bytes), false)
+        bytes_with_kv(model, fixed.unwrap_or_else(|| kv_most_bytes(model, slots[slot].card, false)), false)
     };
-    let mut fitting: Vec<usize> = allowed.iter().copied().filter(|slot| slots[*slot].left >= least(*slot)).collect();
+    let within_limit = |slot: &usize| check_limit(model, slots[*slot].card).is_ok();
+    let has_room = |slot: &usize| slots[*slot].left >= least(*slot);
+    let mut fitting: Vec<usize> = allowed.iter().copied().filter(|slot| within_limit(slot) && has_room(slot)).collect();
     if fitting.len() < replicas {
+        // A limit is the configuration's word, and said first.
+        allowed.iter().try_for_each(|slot| check_limit(model, slots[*slot].card))?;
         let short_of = allowed.iter().copied().filter(|slot| slots[*slot].left < least(*slot));
         // Of equal cards the first is named.
         let best = short_of.max_by_key(|slot| (slots[*slot].left, std::cmp::Reverse(*slot)));
@@ -453,6 +516,7 @@ mod tests {
             replicas: Replicas::Count(1),
             priority: 0,
             kv_budget_bytes: None,
+            memory_limit: None,
             demand,
             current: Vec::new(),
         }
@@ -565,6 +629,48 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_bounds_what_a_replica_takes() {
+        // 4 of weights, 1 of scratch and context: 3 are left for KV, though 8 would be of use and there is room.
+        let mut capped = model("m", 4, Devices::Auto);
+        capped.memory_limit = Some(MemoryLimit::Bytes(8 * GIB));
+        let plan = place(&[capped.clone()], &[card("a", 80)], &cpu()).expect("fits");
+        let found = &plan.devices[0].placements[0];
+        assert_eq!((found.kv_bytes, found.total_bytes(), found.limit_bytes), (3 * GIB, 8 * GIB, Some(8 * GIB)));
+        assert_eq!(plan.devices[0].headroom_bytes, 72 * GIB, "the rest stays free");
+        // Two of them share a card although either would take more than half.
+        let both = [capped.clone(), Wanted { name: "n".into(), ..capped.clone() }];
+        let plan = place(&both, &[card("a", 16)], &cpu()).expect("fit");
+        assert!(plan.placements().all(|(_, placement)| placement.total_bytes() == 8 * GIB));
+        // A share is of the card, on a host's memory too.
+        capped.memory_limit = Some(MemoryLimit::Percent(50));
+        let plan = place(&[capped.clone()], &[card("a", 20)], &cpu()).expect("fits");
+        assert_eq!(plan.devices[0].placements[0].limit_bytes, Some(10 * GIB));
+        capped.devices = Devices::Cpu;
+        assert_eq!(place(&[capped], &[], &cpu()).expect("fits").devices[0].placements[0].kv_bytes, 8 * GIB);
+    }
+
+    #[test]
+    fn a_limit_that_is_too_low_is_refused_with_what_is_missing() {
+        let mut capped = model("m", 12, Devices::Auto);
+        capped.memory_limit = Some(MemoryLimit::Bytes(10 * GIB));
+        let error = place(&[capped.clone()], &[card("GPU-a", 80)], &cpu()).expect_err("14 are needed");
+        assert_eq!(
+            error.to_string(),
+            "model `m` needs 14 GiB on GPU-a, its `memory_limit` (10 GiB) allows 10 GiB, 4 GiB (4294967296 bytes) are missing: \
+             raise the limit, or set a smaller `context`, `max_batch_tokens` or `kv_budget`"
+        );
+        // A budget for KV counts in full; a share may be enough on one card and not on another.
+        capped.memory_limit = Some(MemoryLimit::Percent(50));
+        assert_eq!(
+            where_is(&place(&[capped.clone()], &[card("a", 24), card("b", 28)], &cpu()).expect("b"), "m"),
+            ["b"]
+        );
+        capped.kv_budget_bytes = Some(2 * GIB);
+        let error = place(&[capped], &[card("a", 24), card("b", 28)], &cpu()).expect_err("15 of 14");
+        assert!(matches!(error, PlacementError::OverLimit { .. }), "{error}");
+    }
+
+    #[test]
     fn a_plan_is_json() {
         let plan = place(&[model("m", 2, Devices::Auto)], &[card("GPU-a", 24)], &cpu()).expect("fits");
         let json = serde_json::to_value(&plan).expect("plain data");
@@ -581,13 +687,19 @@ mod tests {
             (0u32..4).prop_map(|index| Devices::These(vec![DeviceSelector::Index(index)])),
         ];
         let replicas = prop_oneof![Just(Replicas::All), (1u32..4).prop_map(Replicas::Count)];
-        (demand, devices, replicas, -1i32..2, prop::option::of(0u64..10)).prop_map(
-            |((weights, scratch, context, kv, more), devices, replicas, priority, budget)| Wanted {
+        let limit = prop_oneof![
+            3 => Just(None),
+            1 => (1u64..60).prop_map(|bytes| Some(MemoryLimit::Bytes(bytes))),
+            1 => (1u8..=100).prop_map(|percent| Some(MemoryLimit::Percent(percent))),
+        ];
+        (demand, devices, replicas, -1i32..2, prop::option::of(0u64..10), limit).prop_map(
+            |((weights, scratch, context, kv, more), devices, replicas, priority, budget, limit)| Wanted {
                 name: String::new(),
                 devices,
                 replicas,
                 priority,
                 kv_budget_bytes: budget,
+                memory_limit: limit,
                 demand: Demand {
                     weights_bytes: weights,
                     scratch_bytes: scratch,

@@ -93,6 +93,7 @@ pub(crate) fn plan(config: &Config, cards: &[SimulatedDevice], before: Option<&P
         replicas: model.replicas,
         priority: model.priority,
         kv_budget_bytes: model.kv_budget_bytes,
+        memory_limit: model.memory_limit,
         demand: Demand {
             context_bytes: SIM_CONTEXT_BYTES,
             kv_min_bytes: KV_MIN_BLOCKS * SIM_BLOCK_BYTES,

@@ -12,6 +12,8 @@ pub const BLOCK_TOKENS: usize = 32;
 pub const NO_SLOT: u32 = u32::MAX;
 /// Positions of a split. Mirrors `SPLIT`.
 pub const SPLIT: usize = 128;
+/// Heads of one token that a block rotates. Mirrors `HEADS_PER_BLOCK` of `rope_kv.cu`.
+const ROPE_HEADS: usize = 8;
 /// Positions of a tile. Mirrors `KV_TILE`.
 const TILE: usize = 64;
 /// Most rows of a decode item.
@@ -442,8 +444,8 @@ pub fn rope_kv(kernels: &Kernels, op: &RopeKv<'_>, n: usize) -> Result<(), CudaE
         interleaved: i32::from(op.interleaved),
     };
     let launch = Launch {
-        grid: (n as u32, (n_heads + 2 * n_kv_heads) as u32, 1),
-        block: (32, 1, 1),
+        grid: (n as u32, (n_heads + 2 * n_kv_heads).div_ceil(ROPE_HEADS) as u32, 1),
+        block: (32, ROPE_HEADS as u32, 1),
         shared_bytes: 0,
         overlap: true,
     };

@@ -1,6 +1,7 @@
 //! Products `y = W x`: a small kernel for up to 8 columns, a large one for more, the same bits from both.
 
 use super::matrix::{HalfRows, Kind, Matrix, Planes, TILE_K, TILE_ROWS, TileShape};
+use super::wide::{self, Wide};
 use crate::arena::Buffer;
 use crate::error::CudaError;
 use crate::kernels::{Args, Kernels, Launch};
@@ -8,6 +9,8 @@ use half::f16;
 
 /// Columns that the small kernel takes.
 pub const SMALL_COLUMNS: usize = 8;
+/// Columns from which Hopper's own kernel takes a product of one matrix.
+const WIDE_COLUMNS: usize = 129;
 /// Stripes of 16 rows that a block of the large kernel takes.
 const STRIPES_PER_BLOCK: usize = 8;
 /// Stages that a block of the large kernel keeps in shared memory. Mirrors `STAGES`.
@@ -130,9 +133,10 @@ pub struct NormInput<'a> {
     pub eps: f32,
 }
 
+/// Mirrors `MatmulArgs` of `matmul.cuh`.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct MatmulArgs {
+pub(super) struct MatmulArgs {
     w: Planes,
     x: u64,
     y: u64,
@@ -173,6 +177,8 @@ pub enum Plan {
         /// Blocks along k: 1, or one per chunk with the sums added by a second kernel.
         splits: usize,
     },
+    /// Blocks and clusters of Hopper's own kernel.
+    Wide(Wide),
 }
 
 /// Chunks that k is summed in: a function of k alone, so that a row's sum is.
@@ -228,6 +234,9 @@ impl Product<'_> {
             Experts::Tiles { column_tile, .. } => (self.n, Some(*column_tile)),
         };
         let info = kernels.gpu().info();
+        if matches!(self.experts, Experts::One) && self.n >= WIDE_COLUMNS && kernels.has_wgmma() {
+            return Plan::Wide(wide::choose(self.matrix.kind(), shape.n_stripes, self.n, info.n_sms as usize));
+        }
         match plan(shape.n_stripes, shape.n_tiles, n, info.n_sms as usize, column_tile) {
             Plan::Large { columns, splits } if column_tile.is_none() => {
                 Plan::Large { columns: columns.min(most_columns(info.capability)), splits }
@@ -250,6 +259,7 @@ impl Product<'_> {
         match self.plan(kernels) {
             Plan::Small { n_chunks } => self.launch_small(kernels, n_chunks, None),
             Plan::Large { columns, splits } => self.launch_large(kernels, columns, splits, partial),
+            Plan::Wide(wide) => self.launch_wide(kernels, wide, self.args(0, None)),
         }
     }
 
@@ -378,6 +388,9 @@ impl Product<'_> {
                 format!("{} or more, whole 16 bytes", self.matrix.padded_cols()),
                 self.x.stride,
             ));
+        }
+        if !self.x.data.ptr().is_multiple_of(16) {
+            return Err(contract("address of x", "a multiple of 16", format!("{:#x}", self.x.data.ptr())));
         }
         let x_rows = match &self.experts {
             Experts::One => self.n,

@@ -220,9 +220,9 @@ pub struct RowRange {
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Planes {
-    lo: u64,
-    hi: u64,
-    scale: u64,
+    pub(crate) lo: u64,
+    pub(crate) hi: u64,
+    pub(crate) scale: u64,
 }
 
 impl Matrix {

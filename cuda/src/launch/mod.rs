@@ -2,9 +2,12 @@
 
 pub mod attention;
 pub mod embed;
+pub mod feed;
 pub mod gate;
 pub mod matmul;
 pub mod matrix;
 pub mod moe;
 pub mod norm;
+pub mod peak;
 pub mod sample;
+mod wide;

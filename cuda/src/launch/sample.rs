@@ -6,7 +6,9 @@
 use super::matmul::Rows;
 use crate::arena::{Arena, Buffer, Element};
 use crate::error::CudaError;
+use crate::gpu::Gpu;
 use crate::kernels::{Args, Kernels, Launch};
+use crate::pinned::Pinned;
 
 /// Largest vocabulary: sums of weights stay below 2^64, and a block's tiles fit its table.
 pub const MAX_VOCAB: usize = 1 << 20;
@@ -302,7 +304,7 @@ pub struct Inputs {
     /// `[masks, ceil(n_vocab / 64)]`: bit `i % 64` of word `i / 64` allows id `i`.
     pub masks: Buffer<u64>,
     /// `[histories, n_vocab]`: 0 for ids not seen, else 1 + how often the id was emitted. A sequence's row is zeroed when it
-    /// begins ([`History::clear`]); the kernel counts what it chooses.
+    /// begins ([`History::clear`], [`History::write`]); the kernel counts what it chooses.
     pub history: Buffer<u32>,
 }
 
@@ -317,6 +319,32 @@ pub struct Outputs {
     pub top_tokens: Buffer<u32>,
     /// `[rows, top]`: their log probabilities.
     pub top_logprobs: Buffer<f32>,
+}
+
+/// Where results land on the host.
+#[derive(Debug)]
+pub struct Landing {
+    /// As [`Outputs::results`].
+    pub results: Pinned<RowResult>,
+    /// As [`Outputs::top_tokens`].
+    pub top_tokens: Pinned<u32>,
+    /// As [`Outputs::top_logprobs`].
+    pub top_logprobs: Pinned<f32>,
+}
+
+impl Landing {
+    /// Room for what a sampler with these limits gives.
+    ///
+    /// # Errors
+    /// No memory to lock.
+    pub fn new(gpu: &Gpu, limits: &Limits) -> Result<Landing, CudaError> {
+        let n_top = limits.rows * limits.top;
+        Ok(Landing {
+            results: Pinned::new(gpu, limits.rows)?,
+            top_tokens: Pinned::new(gpu, n_top)?,
+            top_logprobs: Pinned::new(gpu, n_top)?,
+        })
+    }
 }
 
 /// Buffers of a sampler: everything it needs from step to step.
@@ -414,6 +442,42 @@ impl Sampler {
     /// # Errors
     /// As there.
     pub fn launch_with(&self, kernels: &Kernels, logits: &Rows<f32>, n: usize, cluster: u32) -> Result<(), CudaError> {
+        let Outputs { results, top_tokens, top_logprobs, .. } = &self.outputs;
+        self.launch_to(kernels, logits, n, cluster, [results.ptr(), top_tokens.ptr(), top_logprobs.ptr()])
+    }
+
+    /// As [`Sampler::launch`], with results written to the host's memory, to be read there once this has run. The chosen ids are in
+    /// [`Outputs::tokens`], too.
+    ///
+    /// # Errors
+    /// As there, and for a landing that is too small.
+    pub fn launch_for_host(
+        &self,
+        kernels: &Kernels,
+        logits: &Rows<f32>,
+        n: usize,
+        landing: &mut Landing,
+    ) -> Result<(), CudaError> {
+        let Limits { rows, top, .. } = self.limits;
+        let lens = [landing.results.len(), landing.top_tokens.len(), landing.top_logprobs.len()];
+        if lens[0] < rows || lens[1] < rows * top || lens[2] < rows * top {
+            return Err(contract("landing", format!("room for {rows} rows, {top} most likely"), format!("{lens:?}")));
+        }
+        let info = kernels.gpu().info();
+        let cluster = cluster(n, info.n_sms, info.capability);
+        let Landing { results, top_tokens, top_logprobs } = landing;
+        let places = [results.device_ptr(), top_tokens.device_ptr(), top_logprobs.device_ptr()];
+        self.launch_to(kernels, logits, n, cluster, places)
+    }
+
+    fn launch_to(
+        &self,
+        kernels: &Kernels,
+        logits: &Rows<f32>,
+        n: usize,
+        cluster: u32,
+        [results, top_tokens, top_logprobs]: [u64; 3],
+    ) -> Result<(), CudaError> {
         let Limits { n_vocab, rows, top, .. } = self.limits;
         if n == 0 || n > rows {
             return Err(contract("rows", format!("1 to {rows}"), n));
@@ -434,10 +498,10 @@ impl Sampler {
             forbidden: self.inputs.forbidden.ptr(),
             masks: self.inputs.masks.ptr(),
             history: self.inputs.history.ptr(),
-            results: self.outputs.results.ptr(),
+            results,
             tokens: self.outputs.tokens.ptr(),
-            top_tokens: self.outputs.top_tokens.ptr(),
-            top_logprobs: self.outputs.top_logprobs.ptr(),
+            top_tokens,
+            top_logprobs,
             n_vocab: n_vocab as i32,
             stride: logits.stride as i32,
             mask_words: n_vocab.div_ceil(64) as i32,
@@ -476,19 +540,28 @@ impl History {
         self.counts.zero()
     }
 
-    /// Enqueues the counting of the first `n` tokens, each below the vocabulary: emitted ones (of a sequence that is resumed), or
-    /// those of the prompt.
+    /// Enqueues writing, after a [`History::clear`], `n` pairs from element `first` of `seen` on: an id that was seen, once, below the
+    /// vocabulary, and how often it was emitted. They must not change before it has run.
     ///
     /// # Errors
     /// [`CudaError::Contract`]; a failed launch.
-    pub fn count(&self, kernels: &Kernels, tokens: &Buffer<u32>, n: usize, are_emitted: bool) -> Result<(), CudaError> {
-        if n == 0 || n > tokens.len() {
-            return Err(contract("history", format!("1 to {} tokens", tokens.len()), n));
+    pub fn write(&self, kernels: &Kernels, seen: &Pinned<u32>, first: usize, n: usize) -> Result<(), CudaError> {
+        let pairs = first..first + 2 * n;
+        let Some(pairs) = seen.get(pairs).filter(|pairs| n > 0 && first % 2 == 0 && pairs.len() == 2 * n) else {
+            return Err(contract(
+                "history",
+                format!("pairs within {} elements", seen.len()),
+                format!("{n} from {first}"),
+            ));
+        };
+        if let Some(id) = pairs.iter().step_by(2).find(|id| **id as usize >= self.counts.len()) {
+            return Err(contract("history", format!("ids below {}", self.counts.len()), id));
         }
-        let args = Args::new().with(self.counts.ptr()).with(tokens.ptr()).with(n as i32).with(i32::from(are_emitted));
+        let from = seen.device_ptr() + 4 * first as u64;
+        let args = Args::new().with(self.counts.ptr()).with(from).with(n as i32);
         let mut launch = Launch::new((n.div_ceil(256) as u32, 1, 1), (256, 1, 1));
         launch.overlap = true;
-        // SAFETY: the arguments are the kernel's parameters in order; tokens are validated where the sequence is accepted.
+        // SAFETY: the arguments are the kernel's parameters in order; the pairs are inside the host's memory, their ids inside the row.
         unsafe { kernels.get("sample", "sample_history", 0)?.launch(kernels.gpu(), launch, args) }
     }
 }

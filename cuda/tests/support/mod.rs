@@ -20,7 +20,7 @@ pub(crate) fn bench(test: &str) -> Option<Bench> {
     let opened = visible_gpus().and_then(|all| {
         let gpu = Gpu::open(&all[0].uuid)?;
         let kernels = Kernels::new(&gpu)?;
-        let arena = Arena::new(&gpu, "test", 8 << 30)?;
+        let arena = Arena::apart(&gpu, "test");
         Ok(Bench { gpu, kernels, arena })
     });
     match opened {

@@ -36,8 +36,10 @@ mod tests;
 pub use limits::{measure_multiply_adds, measure_read_bandwidth};
 pub use weight::CpuWeight;
 
+use super::routes::Routing;
 use super::{
-    AttentionOp, Backend, BackendError, Batch, GatedOp, HeadOp, KvLayout, Linear, MemoryUse, MoeOp, QkvOp, WeightSource,
+    AttentionOp, Backend, BackendError, Batch, GatedOp, HeadOp, KvLayout, Linear, MemoryUse, MoeOp, QkvOp,
+    RouteDifference, Routes, WeightSource,
 };
 use kv::KvCache;
 use lanes::Isa;
@@ -57,6 +59,7 @@ pub struct CpuBackend {
     /// Keys and values of the step before they go into the cache, `[T, NKV * HS]` each.
     fresh: (Vec<f32>, Vec<f32>),
     moe: moe::Scratch,
+    routing: Routing,
     /// Bytes of weights by address: tied tensors are one.
     weights: HashMap<usize, u64>,
     tensor_bytes: u64,
@@ -138,6 +141,7 @@ impl CpuBackend {
             normed: Vec::new(),
             fresh: (Vec::new(), Vec::new()),
             moe: moe::Scratch::default(),
+            routing: Routing::default(),
             weights: HashMap::new(),
             tensor_bytes: 0,
         }
@@ -151,6 +155,21 @@ impl CpuBackend {
     /// Threads in use.
     pub fn n_threads(&self) -> usize {
         self.ctx.pool.n_threads()
+    }
+
+    /// Tells from now on which experts tokens go to.
+    pub fn tell_routes(&mut self) -> Routes {
+        self.routing.tell()
+    }
+
+    /// Sends tokens from now on to the experts that another backend chose, in the same steps of the same model.
+    pub fn follow_routes(&mut self, routes: Routes) {
+        self.routing.follow(routes);
+    }
+
+    /// How far the scores were from those that were followed.
+    pub fn route_difference(&self) -> RouteDifference {
+        self.routing.difference
     }
 
     fn scratch_bytes(&self) -> u64 {
@@ -255,7 +274,8 @@ impl Backend for CpuBackend {
     }
 
     fn moe(&mut self, op: &MoeOp<'_, Self>, x: &mut CpuTensor) {
-        moe::run(&mut self.ctx, self.batch.tokens.len(), (&mut self.normed, &mut self.moe), op, x);
+        let work = (&mut self.normed, &mut self.moe);
+        moe::run(&mut self.ctx, self.batch.tokens.len(), work, &mut self.routing, op, x);
     }
 
     fn head(&mut self, op: &HeadOp<'_, Self>, x: &CpuTensor, logits: &mut CpuTensor) {

@@ -3,6 +3,7 @@
 use super::matmul::{self, Done, Group};
 use super::pool::Shards;
 use super::{CpuBackend, CpuTensor, CpuWeight, Ctx, gated, grow, math, norm};
+use crate::backend::routes::Routing;
 use crate::backend::{Linear, MoeOp, MoeWeighting};
 
 /// Work space of the op.
@@ -35,6 +36,7 @@ pub(super) fn run(
     ctx: &mut Ctx,
     n_tokens: usize,
     (normed, scratch): (&mut Vec<f32>, &mut Scratch),
+    routing: &mut Routing,
     op: &MoeOp<'_, CpuBackend>,
     x: &mut CpuTensor,
 ) {
@@ -45,8 +47,9 @@ pub(super) fn run(
     let normed = norm::rows(ctx, op.norm, x, n_in, normed);
     let scores = grow(&mut scratch.scores, n_tokens * op.n_experts);
     route(ctx, op.router, normed, scores);
-    let choices: Vec<Choice> =
-        scores.chunks_exact(op.n_experts).flat_map(|s| choose(s, op.n_used, op.weighting)).collect();
+    let experts = routing.choose(scores, op.n_experts, op.n_used);
+    let tokens = scores.chunks_exact(op.n_experts).zip(experts.chunks_exact(op.n_used));
+    let choices: Vec<Choice> = tokens.flat_map(|(scores, experts)| weigh(scores, experts, op.weighting)).collect();
     let by_expert = group_by_expert(&choices, op.n_experts);
 
     let hidden = grow(&mut scratch.hidden, choices.len() * n_ff);
@@ -74,17 +77,15 @@ fn route(ctx: &mut Ctx, router: Linear<'_, CpuBackend>, normed: &[f32], scores: 
     });
 }
 
-/// The `n_used` best experts of one token in descending order of score, ties by index, with their weights.
-fn choose(scores: &[f32], n_used: usize, weighting: MoeWeighting) -> Vec<Choice> {
-    let mut order: Vec<usize> = (0..scores.len()).collect();
-    // Stable: equal scores stay in the order of their indices.
-    order.sort_by(|a, b| scores[*b].partial_cmp(&scores[*a]).unwrap_or(std::cmp::Ordering::Equal));
-    order.truncate(n_used);
+/// The experts of one token with their weights.
+fn weigh(scores: &[f32], experts: &[usize], weighting: MoeWeighting) -> Vec<Choice> {
     match weighting {
         MoeWeighting::SoftmaxOfChosen => {
-            let exps: Vec<f32> = order.iter().map(|e| math::exp(scores[*e] - scores[order[0]])).collect();
+            // The first is the best, unless somebody else chose.
+            let top = experts.iter().map(|e| scores[*e]).fold(f32::NEG_INFINITY, f32::max);
+            let exps: Vec<f32> = experts.iter().map(|e| math::exp(scores[*e] - top)).collect();
             let sum = exps.iter().fold(0.0, |sum, e| sum + e);
-            order.into_iter().zip(exps).map(|(expert, e)| Choice { expert, weight: e / sum }).collect()
+            experts.iter().zip(exps).map(|(expert, e)| Choice { expert: *expert, weight: e / sum }).collect()
         }
     }
 }

@@ -12,6 +12,7 @@
 //! | `step.rs` | what a step uploads, and which steps can be recorded |
 //! | `ops.rs`, `sampling.rs` | the ops, and the choice of tokens |
 //! | `measure.rs` | what the GPU's memory and tensor cores give |
+//! | `warm.rs` | a context made ahead of time |
 
 mod plan;
 mod tensor;
@@ -22,6 +23,7 @@ mod step;
 mod ops;
 mod sampling;
 mod measure;
+mod warm;
 
 pub use measure::{GpuSpeed, measure};
 pub use plan::memory_use;
@@ -29,11 +31,12 @@ pub use playhouse_cuda::gpu::{GpuInfo, visible_gpus};
 #[cfg(any(debug_assertions, feature = "fault-injection"))]
 pub use playhouse_cuda::trap::trap;
 pub use tensor::CudaTensor;
+pub use warm::{Warm, warm};
 pub use weight::CudaWeight;
 
 use super::{
     AttentionOp, Backend, BackendError, Batch, Begun, GatedOp, HeadOp, Join, KvDtype, KvLayout, Linear, MemoryUse,
-    ModelShape, MoeOp, QkvOp, SampleRow, Sampled, WeightShape, WeightSource,
+    ModelShape, MoeOp, QkvOp, Routes, SampleRow, Sampled, WeightShape, WeightSource,
 };
 use plan::{WorkSizes, heads};
 use playhouse_cuda::CudaError;
@@ -79,6 +82,8 @@ pub struct CudaBackend {
     /// Of the model, or of the last attention: what decides how spans are cut.
     heads: Heads,
     batch: Batch,
+    /// Where the choices of experts are told, if somebody asked.
+    routes: Option<Routes>,
     /// The first failure of an op; nothing after it is to be trusted.
     failed: Option<CudaError>,
 }
@@ -132,6 +137,7 @@ impl CudaBackend {
             shape: None,
             heads: Heads { n_heads: 1, n_kv_heads: 1, head_dim: HEAD_DIMS[0] },
             batch: Batch::default(),
+            routes: None,
             failed: None,
         })
     }
@@ -139,6 +145,11 @@ impl CudaBackend {
     /// What does not change about the GPU.
     pub fn info(&self) -> &GpuInfo {
         self.gpu.info()
+    }
+
+    /// Tells from now on which experts tokens go to, in steps that are not recorded as graphs. Each op waits for the device.
+    pub fn tell_routes(&mut self) -> Routes {
+        self.routes.get_or_insert_default().clone()
     }
 
     fn error(&self, error: CudaError) -> BackendError {
@@ -169,7 +180,10 @@ impl CudaBackend {
             self.gpu.synchronize()?;
             self.inputs = Some(StepInputs::new(&self.gpu, &self.work.arena, len)?);
         }
-        self.inputs.as_mut().expect("made above").upload(&arrangement)
+        let chosen = self.sampling.as_ref().map(|sampling| sampling.chosen().clone());
+        let pieces = self.sampling.as_mut().map_or(Ok(Vec::new()), Sampling::pieces)?;
+        let inputs = self.inputs.as_mut().expect("made above");
+        inputs.upload(&self.kernels, &arrangement, &pieces, chosen.as_ref())
     }
 
     /// Cuts spans anew if these heads need other pieces than those of the model.
@@ -240,13 +254,15 @@ impl CudaBackend {
         let n_sms = self.gpu.info().n_sms as usize;
         let usage = memory_use(shape, n_sms);
         let total = usage.weights + usage.kv + usage.scratch;
-        let free = self.gpu.free_bytes()?.min(self.cap.as_ref().map_or(u64::MAX, Cap::left));
-        if total > free {
+        let (free, cap) = (self.gpu.free_bytes()?, self.cap.as_ref().map(Cap::left));
+        if total > cap.unwrap_or(u64::MAX).min(free) {
             let device = self.gpu.uuid().to_owned();
+            let within = if cap.is_some_and(|cap| cap < free) { ", within its memory limit" } else { "" };
             let what = format!(
-                "the model ({} bytes of weights, {} of cache, {} of work space)",
+                "the model ({} bytes of weights, {} of cache, {} of work space{within})",
                 usage.weights, usage.kv, usage.scratch
             );
+            let free = cap.unwrap_or(u64::MAX).min(free);
             return Err(CudaError::OutOfMemory { device, what, requested: total, free });
         }
         let sizes = WorkSizes::of(shape, n_sms);
@@ -416,12 +432,22 @@ impl Backend for CudaBackend {
         result.map_err(|e| self.error(e))
     }
 
-    fn choose(
-        &mut self,
-        logits: &mut CudaTensor,
-        rows: &[SampleRow<'_>],
-    ) -> Result<Option<Vec<Sampled>>, BackendError> {
-        let result = self.check_failed().and_then(|()| self.run_choose(logits, rows));
+    fn chooses(&self) -> bool {
+        self.sampling.is_some()
+    }
+
+    fn will_choose(&mut self, rows: &[SampleRow<'_>]) -> Result<bool, BackendError> {
+        let result = self.check_failed().and_then(|()| self.announce(rows));
+        result.map_err(|e| self.error(e))
+    }
+
+    fn choose(&mut self, logits: &mut CudaTensor) -> Result<(), BackendError> {
+        let result = self.check_failed().and_then(|()| self.run_choose(logits));
+        result.map_err(|e| self.error(e))
+    }
+
+    fn chosen(&mut self) -> Result<Vec<Sampled>, BackendError> {
+        let result = self.check_failed().and_then(|()| self.take_chosen());
         result.map_err(|e| self.error(e))
     }
 

@@ -3,7 +3,9 @@
 use super::plan::{expert_rows, expert_tile, heads};
 use super::weight::{CudaWeight, Joined};
 use super::{CudaBackend, CudaTensor};
-use crate::backend::{Activation, AttentionOp, GatedOp, HeadOp, Linear, MoeOp, MoeWeighting, Norm, Pairing, QkvOp};
+use crate::backend::{
+    Activation, AttentionOp, GatedOp, HeadOp, Linear, MoeOp, MoeWeighting, Norm, Pairing, QkvOp, Route,
+};
 use playhouse_cuda::CudaError;
 use playhouse_cuda::arena::Buffer;
 use playhouse_cuda::launch::attention::{self, Attention, DecodeItems, RopeKv};
@@ -11,7 +13,7 @@ use playhouse_cuda::launch::embed::embed;
 use playhouse_cuda::launch::gate::gate_up;
 use playhouse_cuda::launch::matmul::{Experts, Gate, NormInput, Output, Product, Rows};
 use playhouse_cuda::launch::matrix::{HalfRows, Matrix};
-use playhouse_cuda::launch::moe::Groups;
+use playhouse_cuda::launch::moe::{Choices, Groups};
 use playhouse_cuda::launch::norm::{self, RmsNorm};
 use std::sync::Arc;
 
@@ -159,6 +161,7 @@ impl CudaBackend {
         self.product(router, &normed, n, bias, Experts::One, Output::Store(stored))?;
         let choices = self.work.choices(n, op.n_experts, op.n_used)?;
         choices.route(&self.kernels, &scores, n)?;
+        self.tell_route(&scores, &choices, n)?;
 
         let (n_rows, n_tiles) = expert_rows(n, sizes);
         let groups = match expert_tile(n, sizes) {
@@ -185,6 +188,18 @@ impl CudaBackend {
         self.product(down, &hidden, n_rows, bias, second, Output::Store(stored))?;
         let x = x.full(down.n_rows())?;
         choices.combine(&self.kernels, (&x.data, &outputs), down.n_rows(), groups.as_ref(), n)
+    }
+
+    /// Reads what was chosen, if somebody wants to know; not while a graph is recorded.
+    fn tell_route(&self, scores: &Buffer<f32>, choices: &Choices, n: usize) -> Done {
+        let Some(routes) = self.routes.as_ref().filter(|_| self.capture.is_none()) else { return Ok(()) };
+        let Choices { experts, n_experts, n_used, .. } = choices;
+        let (mut told, mut chosen) = (vec![0.0; n * n_experts], vec![0; n * n_used]);
+        scores.slice(0..told.len()).read(&mut told)?;
+        experts.slice(0..chosen.len()).read(&mut chosen)?;
+        let experts = chosen.into_iter().map(|expert| expert as usize).collect();
+        routes.push(Route { n_experts: *n_experts, n_used: *n_used, scores: told, experts });
+        Ok(())
     }
 
     pub(super) fn run_head(&mut self, op: &HeadOp<'_, Self>, x: &CudaTensor, logits: &mut CudaTensor) -> Done {

@@ -5,14 +5,19 @@ use crate::backend::{Batch, SeqSpan};
 use playhouse_cuda::CudaError;
 use playhouse_cuda::arena::{Arena, Buffer};
 use playhouse_cuda::gpu::Gpu;
+use playhouse_cuda::kernels::Kernels;
 use playhouse_cuda::launch::attention::{DECODE_ROWS, Heads, Item, NO_SLOT, PREFILL_ROWS, SPLIT};
+use playhouse_cuda::launch::feed::{CHOSEN, Piece, feed};
 use playhouse_cuda::pinned::Pinned;
+use playhouse_cuda::stream::Event;
 
 /// The inputs of the step in progress, and the memory that every step uses.
 pub(super) struct StepInputs {
     device: Buffer<u32>,
-    /// The host may still read one while it writes the next.
+    /// The device may still read one while the host writes the next.
     pinned: [Pinned<u32>; 2],
+    /// It has read it.
+    read: [Event; 2],
     turn: usize,
     pub(super) now: Inputs,
 }
@@ -74,8 +79,9 @@ impl StepInputs {
     pub(super) fn new(gpu: &Gpu, arena: &Arena, len: usize) -> Result<Self, CudaError> {
         let device: Buffer<u32> = arena.alloc(len.max(1), "inputs of a step")?;
         let pinned = [Pinned::new(gpu, len.max(1))?, Pinned::new(gpu, len.max(1))?];
+        let read = [Event::new(gpu)?, Event::new(gpu)?];
         let now = Inputs::at(&device, &StepSizes::default(), 1);
-        Ok(Self { device, pinned, turn: 0, now })
+        Ok(Self { device, pinned, read, turn: 0, now })
     }
 
     /// Elements that there is room for.
@@ -83,13 +89,26 @@ impl StepInputs {
         self.device.len()
     }
 
-    /// Uploads a batch, padded to a bucket if there is one.
-    pub(super) fn upload(&mut self, arrangement: &Arrangement<'_>) -> Result<(), CudaError> {
+    /// Uploads a batch, padded to a bucket if there is one, and what else the step needs. Tokens that the step before chose are taken from
+    /// `chosen`, where it puts them.
+    pub(super) fn upload(
+        &mut self,
+        kernels: &Kernels,
+        arrangement: &Arrangement<'_>,
+        others: &[Piece<'_>],
+        chosen: Option<&Buffer<u32>>,
+    ) -> Result<(), CudaError> {
         let sizes = arrangement.sizes;
         self.turn = 1 - self.turn;
-        let pinned = &mut self.pinned[self.turn];
+        let (pinned, read) = (&mut self.pinned[self.turn], &self.read[self.turn]);
+        read.synchronize()?;
         arrangement.write(&mut pinned[..sizes.len()]);
-        pinned.copy_to(&self.device, sizes.len())?;
+        if chosen.is_none() && !arrangement.batch.feeds.is_empty() {
+            return Err(super::misuse("a step", "tokens that the host knows", "feeds, and no sampler"));
+        }
+        let inputs = (&*pinned, &self.device, sizes.len());
+        feed(kernels, inputs, sizes.n_tokens, chosen.unwrap_or(&self.device), others)?;
+        read.record(None)?;
         let mut now = Inputs::at(&self.device, &sizes, arrangement.max_splits);
         let rows = &arrangement.batch.logit_rows;
         now.all_rows = rows.len() == now.n_tokens && rows.iter().enumerate().all(|(i, r)| *r as usize == i)
@@ -196,6 +215,9 @@ impl<'a> Arrangement<'a> {
         put(4, &items(&mut self.decoding(), DECODE_ROWS), 0);
         put(5, &items(&mut self.prompts(), PREFILL_ROWS), 0);
         put(6, &[], 0);
+        for feed in &batch.feeds {
+            out[o[0] + feed.token as usize] = CHOSEN | feed.row;
+        }
         let all_tables = &mut out[o[6]..o[7]];
         for (at, span) in tables.iter().zip(&batch.spans) {
             // A block beyond those that the step sees is of no use, and a bucket has no room for it.
@@ -212,6 +234,7 @@ impl<'a> Arrangement<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Feed;
 
     const HEADS: Heads = Heads { n_heads: 14, n_kv_heads: 2, head_dim: 64 };
 
@@ -223,7 +246,7 @@ mod tests {
     fn batch(spans: Vec<SeqSpan>) -> Batch {
         let n: usize = spans.iter().map(|s| s.n_tokens).sum();
         let ids: Vec<u32> = (0..n as u32).collect();
-        Batch { tokens: ids.clone(), positions: ids.clone(), slots: ids.clone(), spans, logit_rows: ids }
+        Batch { tokens: ids.clone(), positions: ids.clone(), slots: ids.clone(), spans, logit_rows: ids, feeds: vec![] }
     }
 
     #[test]
@@ -238,6 +261,16 @@ mod tests {
         assert_eq!(out[o[4]..o[4] + 8], [0, 0, 7, 0, 21, 0, 7, 3]);
         assert_eq!(out[o[5]..o[5] + 12], [1, 0, 140, 2, 1, 64, 140, 2, 1, 128, 140, 2]);
         assert_eq!(out[o[6]..o[6] + 4], [0, 1, 100, 2100]);
+    }
+
+    #[test]
+    fn a_token_that_is_not_known_is_where_it_will_be_chosen() {
+        let mut batch = batch(vec![span(0, 1, 10), span(1, 1, 10), span(2, 3, 3)]);
+        batch.feeds = vec![Feed { token: 1, row: 4 }];
+        let all = Arrangement::new(&batch, HEADS, None, 8);
+        let mut out = vec![7; all.sizes.len()];
+        all.write(&mut out);
+        assert_eq!(out[..5], [0, CHOSEN | 4, 2, 3, 4]);
     }
 
     #[test]

@@ -25,6 +25,11 @@ impl TokenMask {
         self.words.get(token as usize / 64).is_some_and(|word| word >> (token % 64) & 1 == 1)
     }
 
+    /// Bit `i % 64` of word `i / 64` says whether id `i` may be chosen.
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
     /// Makes the logits of all other ids minus infinity.
     pub(super) fn apply(&self, logits: &mut [f32]) {
         for (token, logit) in (0u32..).zip(logits) {

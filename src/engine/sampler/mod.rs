@@ -25,7 +25,7 @@ pub use mask::TokenMask;
 pub use philox::{philox4x32_10, random_u64};
 pub use weight::{WEIGHT_ONE, exp_nonpositive, weight};
 
-use crate::backend::{SampleRow, Sampled};
+use crate::backend::{Penalties, SampleRow, Sampled};
 use penalties::History;
 use playhouse_actors::engine::{Logprob, SamplingParams, TokenLogprobs};
 
@@ -99,13 +99,49 @@ impl Sampler {
         sampler
     }
 
-    /// The row as a device samples it; `None` if it needs what only the host has: penalties or a mask.
-    pub fn on_device<'a>(&'a self, index: u32, options: RowOptions<'a>) -> Option<SampleRow<'a>> {
+    /// Whether ids that were seen are penalised, so that a device needs their counts.
+    pub fn is_penalised(&self) -> bool {
+        self.history.is_needed()
+    }
+
+    /// Each id that penalties know of, with how often it is in the output.
+    pub fn counts(&self) -> Vec<(u32, u32)> {
+        self.history.counts()
+    }
+
+    /// The row as a device samples it. `history`: the slot in which it counts, and what is to be written there before.
+    ///
+    /// # Panics
+    /// If ids are penalised and there is no slot.
+    pub fn on_device<'a>(
+        &'a self,
+        index: u32,
+        options: RowOptions<'a>,
+        history: Option<(u32, Option<&'a [(u32, u32)]>)>,
+    ) -> SampleRow<'a> {
         let SamplingParams { temperature, top_k, top_p, min_p, seed, choice, .. } = self.params;
+        let penalties = self.is_penalised().then(|| {
+            let (history, fresh) = history.expect("a slot for each sequence that is penalised");
+            let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.params;
+            let (repetition, presence, frequency) = (repetition_penalty, presence_penalty, frequency_penalty);
+            Penalties { repetition, presence, frequency, history, fresh }
+        });
         let (bias, forbidden) = (self.params.logit_bias.as_slice(), options.forbidden);
-        let n_logprobs = options.n_logprobs;
-        let row = SampleRow { temperature, top_k, top_p, min_p, seed, choice, index, bias, forbidden, n_logprobs };
-        (options.mask.is_none() && !self.history.is_needed()).then_some(row)
+        let (mask, n_logprobs) = (options.mask.map(TokenMask::words), options.n_logprobs);
+        SampleRow {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seed,
+            choice,
+            index,
+            bias,
+            penalties,
+            mask,
+            forbidden,
+            n_logprobs,
+        }
     }
 
     /// Notes an emitted token.

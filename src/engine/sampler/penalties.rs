@@ -30,6 +30,11 @@ impl History {
         Self { is_needed, seen }
     }
 
+    /// Each id that was seen, with how often it is in the output; in no order.
+    pub(super) fn counts(&self) -> Vec<(u32, u32)> {
+        self.seen.iter().map(|(&token, &count)| (token, count)).collect()
+    }
+
     /// Notes an emitted token.
     pub(super) fn push(&mut self, token: u32) {
         if self.is_needed {

@@ -102,25 +102,32 @@ async function follow() {
 
 const KINDS = ["weights", "kv", "scratch", "context", "foreign", "unaccounted"];
 
-function memoryBar(memory) {
-  const used = KINDS.reduce((sum, kind) => sum + memory[kind], 0);
-  const total = memory.total ?? used;
-  if (!total) return null;
+/** How full something is: a part of the bar for each [class, amount]. */
+function barView(parts, total, label, kind) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("viewBox", "0 0 1000 10");
   svg.setAttribute("preserveAspectRatio", "none");
   svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", KINDS.map((kind) => `${kind} ${bytes(memory[kind])}`).join(", "));
+  svg.setAttribute("aria-label", label);
   let at = 0;
-  for (const kind of KINDS) {
-    const width = (memory[kind] / total) * 1000;
+  for (const [part, amount] of parts) {
+    const width = (amount / total) * 1000;
     const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-    for (const [name, value] of Object.entries({ x: at, y: 0, width, height: 10, class: kind })) rect.setAttribute(name, value);
+    for (const [name, value] of Object.entries({ x: at, y: 0, width, height: 10, class: part })) rect.setAttribute(name, value);
     svg.append(rect);
     at += width;
   }
-  const label = memory.total ? `${bytes(used)} of ${bytes(memory.total)}` : bytes(used);
-  return el("div", {}, el("div", { class: "bar" }, svg), el("div", { class: "dim", text: label }));
+  return el("div", { class: kind, title: label }, svg);
+}
+
+function memoryBar(memory) {
+  const used = KINDS.reduce((sum, kind) => sum + memory[kind], 0);
+  const total = memory.total ?? used;
+  if (!total) return null;
+  const label = KINDS.map((kind) => `${kind} ${bytes(memory[kind])}`).join(", ");
+  const sum = memory.total ? `${bytes(used)} of ${bytes(memory.total)}` : bytes(used);
+  const bar = barView(KINDS.map((kind) => [kind, memory[kind]]), total, label, "bar");
+  return el("div", {}, bar, el("div", { class: "dim", text: sum }));
 }
 
 function endText(end) {
@@ -149,11 +156,6 @@ function speedOf(replica) {
   return rate;
 }
 
-/** How full something is, as a thin bar. */
-function meterView(used, total, label) {
-  return el("meter", { min: 0, max: total, value: used, title: label, "aria-label": label });
-}
-
 function replicaView(replica) {
   const facts = [];
   facts.push(many(Math.max(replica.incarnation - 1, 0), "restart"));
@@ -172,7 +174,7 @@ function replicaView(replica) {
     const used = stats.kv_blocks_used - stats.kv_blocks_cached;
     const label = `KV ${used}/${stats.kv_blocks_total} blocks, ${stats.kv_blocks_cached} cached`;
     facts.push(label);
-    kv = meterView(used, stats.kv_blocks_total, label);
+    kv = barView([["kv", used], ["cached", stats.kv_blocks_cached]], stats.kv_blocks_total, label, "bar thin");
   }
   if (replica.phase === "loading" && replica.progress?.bytes_total) {
     facts.push(`${Math.round((100 * replica.progress.bytes_done) / replica.progress.bytes_total)} % loaded`);

@@ -200,9 +200,10 @@ impl Conn {
         self.evict.notified().await;
     }
 
-    /// Bytes came in.
-    pub(super) fn heard(&self) {
+    /// Bytes came in; whether they are the beginning of HTTP/2.
+    pub(super) fn heard(&self, is_h2: bool) {
         let mut state = lock(&self.state);
+        state.is_h2 |= is_h2;
         state.has_begun |= state.phase != Phase::Busy;
         // What an HTTP/2 client sends between requests need not be the beginning of one.
         if state.phase == Phase::Idle && !state.is_h2 {
@@ -417,7 +418,7 @@ mod tests {
         assert_eq!(conn.overdue(&limits), Some(Instant::now() + limits.header_timeout));
         drop(conn.begin(false));
         assert_eq!(conn.overdue(&limits), Some(Instant::now() + limits.idle_timeout));
-        conn.heard();
+        conn.heard(false);
         assert_eq!(conn.overdue(&limits), Some(Instant::now() + limits.header_timeout));
         tokio::time::advance(limits.header_timeout).await;
         assert_eq!(conn.overdue(&limits), None);

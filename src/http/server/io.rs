@@ -2,6 +2,7 @@
 //! half a request.
 
 use super::door::Conn;
+use super::head;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -21,18 +22,11 @@ pub(super) struct GuardedIo<S> {
     farewell: Option<fn(&S)>,
 }
 
-/// For a client whose headers did not come in time, or whose place somebody else needed before they had.
-const TOO_SLOW: &[u8] = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
-/// What HTTP/2 begins with. Its clients would take the words above for a broken frame.
-const H2: &[u8] = b"PRI ";
-
 impl GuardedIo<TcpStream> {
     /// Over a connection without TLS: a client that is cut in the middle of its headers is told so.
     pub(super) fn plain(inner: TcpStream, conn: Arc<Conn>, patience: Duration) -> Self {
-        // A courtesy: whoever cannot take it at once does not get it.
-        let farewell: fn(&TcpStream) = |socket| drop(socket.try_write(TOO_SLOW));
         let mut io = Self::new(inner, conn, patience);
-        io.farewell = Some(farewell);
+        io.farewell = Some(head::refuse);
         io
     }
 }
@@ -69,10 +63,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for GuardedIo<S> {
         let before = buf.filled().len();
         let polled = Pin::new(&mut self.inner).poll_read(cx, buf);
         if buf.filled().len() > before {
-            self.conn.heard();
-            if buf.filled()[before..].starts_with(H2) {
-                self.farewell = None;
-            }
+            self.conn.heard(false);
         }
         polled
     }

@@ -6,6 +6,7 @@
 //! connections, however many, cannot keep a client out.
 
 mod door;
+mod head;
 mod io;
 mod tls;
 
@@ -93,10 +94,7 @@ pub(super) async fn serve_tcp(app: App, listener: TcpListener, stop: Cancellatio
         let patience = server.app.settings.limits.client_timeout;
         // Two tasks, not one for both cases: thousands of plain connections need no room for TLS.
         match tls.clone() {
-            None => {
-                let io = GuardedIo::plain(socket, conn.clone(), patience);
-                tasks.spawn(server.clone().drive(io, conn, Peer::Tcp(peer)))
-            }
+            None => tasks.spawn(server.clone().drive_plain(socket, conn, Peer::Tcp(peer))),
             Some(tls) => {
                 let io = GuardedIo::new(socket, conn.clone(), patience);
                 tasks.spawn(server.clone().drive_tls(tls, io, conn, Peer::Tcp(peer)))
@@ -187,6 +185,28 @@ impl Server {
         let door = Arc::new(Door::new(&app.settings.limits));
         let http = Arc::new(builder(&app));
         Self { router: routes::router(&app), app, door, http, stop }
+    }
+
+    /// Drives one connection to its end, once there is a request.
+    async fn drive_plain(self, socket: TcpStream, conn: Arc<Conn>, peer: Peer) {
+        let limits = &self.app.settings.limits;
+        tokio::select! {
+            arrived = head::arrives(&socket, &conn) => {
+                if arrived.is_ok() {
+                    let io = GuardedIo::plain(socket, conn.clone(), limits.client_timeout);
+                    // On the heap: a task that waits for a head needs no room for what comes after it.
+                    Box::pin(self.drive(io, conn, peer)).await;
+                }
+                return;
+            }
+            () = conn.evicted() => {}
+            () = tokio::time::sleep(limits.header_timeout) => {}
+            () = self.stop.cancelled() => return,
+        }
+        conn.cut();
+        if conn.is_cut_short() {
+            head::refuse(&socket);
+        }
     }
 
     /// Drives one connection to its end, after its handshake.
