@@ -68,7 +68,8 @@ impl HttpClient for Sender {
         'a: 'b,
         Self: 'b,
     {
-        let sending = self.0.spawn(tokio::time::timeout(PATIENCE, send(request)));
+        // The timer must be made on the runtime, too: the caller's thread has none.
+        let sending = self.0.spawn(async { tokio::time::timeout(PATIENCE, send(request)).await });
         Box::pin(async move { sending.await?? })
     }
 }

@@ -213,13 +213,21 @@ fn harmony(tools: &[Value], card: &ModelCard) -> String {
     };
     let (channel, message) = (mark("<|channel|>"), mark("<|message|>"));
     let (end, start, constrain) = (mark("<|end|>"), mark("<|start|>"), mark("<|constrain|>"));
+    // Where the end of a message is the end of the turn, as in vocabularies that are not harmony's own, there is no second.
+    let ends_turn = tokenizer.special_id("<|end|>").is_some_and(|id| tokenizer.stop_ids().contains(&id));
+    let beginning = if ends_turn {
+        "start: call\n".to_owned()
+    } else {
+        format!(
+            "start: analysis? call\nthought: /[^<]*/\n\
+             analysis: {channel} \"analysis\" {message} thought {end} {start} \"assistant\"\n"
+        )
+    };
     let header = |tool: &Value| literal(&format!("commentary to=functions.{} ", name_of(tool).unwrap_or_default()));
-    format!(
-        "start: analysis? call\nanalysis: {channel} \"analysis\" {message} thought {end} {start} \"assistant\"\n\
-         thought: /[^<]*/\n"
-    ) + &rules(tools, |tool| {
-        format!("{channel} {} {constrain} \"json\" {message} {}", header(tool), embedded(arguments(tool)))
-    })
+    beginning
+        + &rules(tools, |tool| {
+            format!("{channel} {} {constrain} \"json\" {message} {}", header(tool), embedded(arguments(tool)))
+        })
 }
 
 #[cfg(test)]
