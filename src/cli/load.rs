@@ -98,6 +98,7 @@ impl ModelArgs {
     pub(crate) fn load(&self, limits: impl FnOnce(usize, KvDtype) -> RunnerLimits) -> Result<LoadedModel, CliError> {
         let start = Instant::now();
         let device = self.device()?;
+        let _warm = device.warm_up();
         let file = self.open()?;
         let spec = describe(&file).map_err(LoadError::from)?;
         let tokenizer = self.tokenizer(&file)?;

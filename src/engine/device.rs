@@ -27,6 +27,14 @@ impl DeviceName {
         }
     }
 
+    /// Begins to get the device ready while something else is done; it is kept until the result is dropped.
+    pub fn warm_up(&self) -> Option<cuda::Warm> {
+        match self {
+            DeviceName::Cpu => None,
+            DeviceName::Gpu(uuid) => Some(cuda::warm(uuid)),
+        }
+    }
+
     /// The device that `word` names: `cpu`, `gpu` or `cuda` (the first one), `cuda:N` (in CUDA's order), a UUID, or `auto`,
     /// which is the first GPU if there is one and the CPU otherwise. Only words that ask for a GPU look for the driver.
     ///

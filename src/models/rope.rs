@@ -4,6 +4,7 @@
 //! crate, so that the same file gives the same table on every machine.
 
 use super::spec::{RopeScaling, RopeSpec, TensorRule};
+use rayon::prelude::*;
 use std::f64::consts::PI;
 
 /// The table of a rotation for positions `0 .. n_ctx`: `[n_ctx, n_rot]`, each row `n_rot / 2` cosines, then as many
@@ -18,14 +19,15 @@ pub fn table<E>(
 ) -> Result<Vec<f32>, E> {
     let (frequencies, scale) = frequencies(rope, n_ctx, factors)?;
     let mut table = vec![0.0; n_ctx * rope.n_rot];
-    for (position, row) in table.chunks_exact_mut(rope.n_rot).enumerate() {
+    // A context of 131,072 has eight million of them: a third of a second on one core.
+    table.par_chunks_exact_mut(rope.n_rot).enumerate().for_each(|(position, row)| {
         let (cosines, sines) = row.split_at_mut(rope.n_rot / 2);
         for ((cosine, sine), frequency) in cosines.iter_mut().zip(sines).zip(&frequencies) {
             let (s, c) = libm::sincosf(position as f32 * frequency);
             *cosine = c * scale;
             *sine = s * scale;
         }
-    }
+    });
     Ok(table)
 }
 

@@ -87,6 +87,8 @@ pub(super) fn load(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded, EngineError> {
     let bad = |error: &dyn Display| EngineError::BadModel(format!("{}: {error}", spec.source));
+    let name = device_name(&spec.device)?;
+    let _warm = name.warm_up();
     let file = source::open(&spec.source).map_err(|error| bad(&error))?;
     let described = describe(&file).map_err(|error| bad(&error))?;
     let limits = limits(spec, &described).map_err(|error| bad(&error))?;
@@ -95,7 +97,7 @@ pub(super) fn load(
         return Err(bad(&format!("a vocabulary of {} ids, expected at most {VOCAB_MAX}", described.n_vocab)));
     }
     let options = DeviceOptions { n_threads: Some(threads), memory_cap: spec.memory_bytes_max.map(arena_bytes) };
-    let model = load_model(&file, &spec.device, limits, options, progress)?;
+    let model = load_model(&file, &name, limits, options, progress)?;
     #[cfg(any(debug_assertions, feature = "fault-injection"))]
     let model = super::fault::Faults::of(spec).wrap(model);
     let (n_ctx, n_vocab) = (model.n_ctx(), model.n_vocab());
@@ -110,9 +112,17 @@ pub(super) fn load(
     Ok(Loaded { engine, kv_min_bytes, n_ctx, n_vocab })
 }
 
+fn device_name(device: &DeviceId) -> Result<DeviceName, EngineError> {
+    match kind(device) {
+        Kind::Cpu => Ok(DeviceName::Cpu),
+        Kind::Gpu => Ok(DeviceName::Gpu(device.to_string())),
+        Kind::Unknown => Err(EngineError::BadModel(DeviceError::Unknown(device.clone()).to_string())),
+    }
+}
+
 fn load_model(
     file: &GgufFile,
-    device: &DeviceId,
+    name: &DeviceName,
     limits: RunnerLimits,
     options: DeviceOptions,
     progress: &mut dyn FnMut(LoadProgress),
@@ -121,10 +131,5 @@ fn load_model(
         EngineError::BadModel(reason) => EngineError::BadModel(format!("{}: {reason}", file.label())),
         other => other,
     };
-    let name = match kind(device) {
-        Kind::Cpu => DeviceName::Cpu,
-        Kind::Gpu => DeviceName::Gpu(device.to_string()),
-        Kind::Unknown => return Err(EngineError::BadModel(DeviceError::Unknown(device.clone()).to_string())),
-    };
-    Ok(engine::load_model(file, &name, options, limits, progress).map_err(named)?)
+    Ok(engine::load_model(file, name, options, limits, progress).map_err(named)?)
 }

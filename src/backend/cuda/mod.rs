@@ -12,6 +12,7 @@
 //! | `step.rs` | what a step uploads, and which steps can be recorded |
 //! | `ops.rs`, `sampling.rs` | the ops, and the choice of tokens |
 //! | `measure.rs` | what the GPU's memory and tensor cores give |
+//! | `warm.rs` | a context made ahead of time |
 
 mod plan;
 mod tensor;
@@ -22,6 +23,7 @@ mod step;
 mod ops;
 mod sampling;
 mod measure;
+mod warm;
 
 pub use measure::{GpuSpeed, measure};
 pub use plan::memory_use;
@@ -29,6 +31,7 @@ pub use playhouse_cuda::gpu::{GpuInfo, visible_gpus};
 #[cfg(any(debug_assertions, feature = "fault-injection"))]
 pub use playhouse_cuda::trap::trap;
 pub use tensor::CudaTensor;
+pub use warm::{Warm, warm};
 pub use weight::CudaWeight;
 
 use super::{

@@ -7,8 +7,8 @@ use playhouse_cuda::kernels::Kernels;
 use playhouse_cuda::launch::matrix::{Matrix, Part, RowRange};
 use playhouse_cuda::loader::{LoadError, Loader, LoaderSizes, Piece, Source};
 
-/// Most bytes of a chunk.
-const MOST: usize = 32 << 20;
+/// Most bytes of a chunk: a third of a millisecond on the bus. Page-locking memory takes longer than filling it.
+const MOST: usize = 16 << 20;
 /// Least bytes of a chunk: sixteen rows of any matrix.
 const LEAST: usize = 4 << 20;
 
