@@ -8,7 +8,7 @@ use crate::{Trouble, Verdicts, name_of};
 use playhouse_actors::engine::{EngineRequest, RequestId, SamplingParams};
 use playhouse_actors::messages::WorkerSpec;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::Path;
 
 /// Lengths at and around the edges of blocks and tiles, and one of several chunks.
 const PROMPTS: [u32; 5] = [1, 31, 100, 257, 700];
@@ -19,7 +19,7 @@ const STRANGER: u64 = 1000;
 
 type Found = BTreeMap<RequestId, Bits>;
 
-pub(crate) fn check(path: &PathBuf, verdicts: &mut Verdicts) -> Result<(), Trouble> {
+pub(crate) fn check(path: &Path, verdicts: &mut Verdicts) -> Result<(), Trouble> {
     let model = Model::open(path)?;
     let name = name_of(path);
     let n_vocab = u32::try_from(model.spec.n_vocab)?;

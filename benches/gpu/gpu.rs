@@ -17,7 +17,7 @@ mod memory;
 mod start;
 mod table;
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::ExitCode;
 
 /// What a check says: each line with its verdict.
@@ -68,13 +68,13 @@ fn main() -> ExitCode {
 fn each(
     files: &[String],
     verdicts: &mut Verdicts,
-    mut check: impl FnMut(&PathBuf, &mut Verdicts) -> Result<(), Trouble>,
+    mut check: impl FnMut(&Path, &mut Verdicts) -> Result<(), Trouble>,
 ) -> Result<(), Trouble> {
     if files.is_empty() {
         return Err("a model file is missing".into());
     }
     for file in files {
-        if let Err(trouble) = check(&PathBuf::from(file), verdicts) {
+        if let Err(trouble) = check(Path::new(file), verdicts) {
             verdicts.line(false, &format!("{file}: {trouble}"));
         }
     }
@@ -82,7 +82,7 @@ fn each(
 }
 
 /// A file's name without folder and ending.
-pub(crate) fn name_of(file: &std::path::Path) -> String {
+pub(crate) fn name_of(file: &Path) -> String {
     file.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned())
 }
 

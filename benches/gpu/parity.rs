@@ -16,6 +16,7 @@ use playhouse::engine::forward::Intermediate;
 use playhouse::engine::{DeviceName, Runner, RunnerLimits};
 use playhouse::gguf::GgufFile;
 use playhouse::models::describe;
+use std::path::Path;
 
 const N_TOKENS: usize = 64;
 /// Most that a router's score may be off by, where scores have a deviation of 2: about 2^-11 of f16, thirty layers deep.
@@ -24,7 +25,7 @@ const SCORE_ERROR: f64 = 0.1;
 /// Logits `[N_TOKENS, V]`, and the residual stream after each layer.
 type Run = (Vec<f32>, Vec<Vec<f32>>);
 
-pub(crate) fn check(path: &std::path::PathBuf, verdicts: &mut Verdicts) -> Result<(), Trouble> {
+pub(crate) fn check(path: &Path, verdicts: &mut Verdicts) -> Result<(), Trouble> {
     let name = name_of(path);
     let file = GgufFile::open(path)?;
     let spec = describe(&file)?;

@@ -12,14 +12,14 @@ use playhouse::engine::{DeviceName, Runner, RunnerLimits, StepModel};
 use playhouse::gguf::GgufFile;
 use playhouse_actors::engine::SamplingParams;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 const RUNS: usize = 5;
 const BUS_BYTES_PER_S: f64 = 55e9;
 const CONTEXT_S: f64 = 0.15;
 
-pub(crate) fn check(path: &PathBuf, verdicts: &mut Verdicts) -> Result<(), Trouble> {
+pub(crate) fn check(path: &Path, verdicts: &mut Verdicts) -> Result<(), Trouble> {
     let name = name_of(path);
     warm(path)?;
     let model = Model::open(path)?;
