@@ -105,31 +105,34 @@ struct HalfKv {
         }
     }
 
-    // s += q k for the tile's 64 positions.
-    template <int HS> static DEVICE void scores(float (&s)[KV_TILE / 8][4], const uint32_t (&q)[HS / 16][4], uint32_t stage, int lane) {
+    // s += q k for N eights of the tile's 64 positions, from eight `first` on.
+    static constexpr int LEAST_EIGHTS = 2; // that `scores` takes at a time
+    template <int HS, int N = KV_TILE / 8>
+    static DEVICE void scores(float (&s)[N][4], const uint32_t (&q)[HS / 16][4], uint32_t stage, int lane, int first = 0) {
         const int row8 = lane % 8, part = (lane / 8) % 2, upper = lane / 16;
 #pragma unroll
         for (int step = 0; step < HS / 16; step++) {
 #pragma unroll
-            for (int j = 0; j < KV_TILE / 8; j += 2) {
+            for (int j = 0; j < N; j += 2) {
                 uint32_t b[4];
-                ldmatrix_x4(b, stage + (8 * (j + upper) + row8) * ROW<HS> + (2 * step + part) * 16);
+                ldmatrix_x4(b, stage + (8 * (first + j + upper) + row8) * ROW<HS> + (2 * step + part) * 16);
                 mma_16x8x16(s[j], q[step], b[0], b[1]);
                 mma_16x8x16(s[j + 1], q[step], b[2], b[3]);
             }
         }
     }
 
-    // o += p v.
-    template <int HS> static DEVICE void add_values(float (&o)[HS / 8][4], const uint32_t (&p)[KV_TILE / 16][4], uint32_t stage, int lane) {
+    // o += p v for N eights of the elements, from eight `first` on, which is even.
+    template <int HS, int N = HS / 8>
+    static DEVICE void add_values(float (&o)[N][4], const uint32_t (&p)[KV_TILE / 16][4], uint32_t stage, int lane, int first = 0) {
         const int row8 = lane % 8, part = (lane / 8) % 2, upper = lane / 16;
         const uint32_t v_tile = stage + KV_TILE * ROW<HS>;
 #pragma unroll
         for (int step = 0; step < KV_TILE / 16; step++) {
 #pragma unroll
-            for (int j = 0; j < HS / 8; j += 2) {
+            for (int j = 0; j < N; j += 2) {
                 uint32_t b[4];
-                ldmatrix_x4_trans(b, v_tile + (16 * step + row8 + 8 * part) * ROW<HS> + (j + upper) * 16);
+                ldmatrix_x4_trans(b, v_tile + (16 * step + row8 + 8 * part) * ROW<HS> + (first + j + upper) * 16);
                 mma_16x8x16(o[j], p[step], b[0], b[1]);
                 mma_16x8x16(o[j + 1], p[step], b[2], b[3]);
             }
@@ -192,7 +195,9 @@ struct ByteKv {
         return *reinterpret_cast<half2 *>(&v);
     }
 
-    template <int HS> static DEVICE void scores(float (&s)[KV_TILE / 8][4], const uint32_t (&q)[HS / 16][4], uint32_t stage, int lane) {
+    static constexpr int LEAST_EIGHTS = 4;
+    template <int HS, int N = KV_TILE / 8>
+    static DEVICE void scores(float (&s)[N][4], const uint32_t (&q)[HS / 16][4], uint32_t stage, int lane, int first = 0) {
         constexpr int STEPS = HS < 32 ? 1 : 2, WIDE = 4 / STEPS; // steps of 16 elements in a group; eights of positions at a time
         const uint32_t scales = stage + 2 * KV_TILE * ROW<HS>;
         const int eighth = lane / 8;
@@ -200,10 +205,10 @@ struct ByteKv {
         for (int group = 0; group < GROUPS<HS>; group++) {
             if constexpr (HS > 64) __syncwarp(); // keeps the next group's loads from being moved up, for which there are no registers
 #pragma unroll
-            for (int j = 0; j < KV_TILE / 8; j += WIDE) {
+            for (int j = 0; j < N; j += WIDE) {
                 float part[WIDE][4] = {};
                 uint32_t b[4];
-                ldmatrix_x4(b, stage + (8 * (j + eighth % WIDE) + lane % 8) * ROW<HS> + (group * STEPS + eighth / WIDE) * 16);
+                ldmatrix_x4(b, stage + (8 * (first + j + eighth % WIDE) + lane % 8) * ROW<HS> + (group * STEPS + eighth / WIDE) * 16);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const uint32_t low = word(unpack<0x4140>(b[i])), high = word(unpack<0x4342>(b[i]));
@@ -211,7 +216,7 @@ struct ByteKv {
                 }
 #pragma unroll
                 for (int i = 0; i < WIDE; i++) {
-                    const float2 scale = __half22float2(scale_pair<HS>(scales, 8 * (j + i) + 2 * (lane % 4), group));
+                    const float2 scale = __half22float2(scale_pair<HS>(scales, 8 * (first + j + i) + 2 * (lane % 4), group));
 #pragma unroll
                     for (int e = 0; e < 4; e++) s[j + i][e] = __fmaf_rn(part[i][e], e % 2 == 0 ? scale.x : scale.y, s[j + i][e]);
                 }
@@ -219,18 +224,19 @@ struct ByteKv {
         }
     }
 
-    template <int HS> static DEVICE void add_values(float (&o)[HS / 8][4], const uint32_t (&p)[KV_TILE / 16][4], uint32_t stage, int lane) {
+    template <int HS, int N = HS / 8>
+    static DEVICE void add_values(float (&o)[N][4], const uint32_t (&p)[KV_TILE / 16][4], uint32_t stage, int lane, int first = 0) {
         const uint32_t v_tile = stage + KV_TILE * ROW<HS>, scales = stage + 2 * KV_TILE * ROW<HS> + SCALES<HS>;
 #pragma unroll
         for (int block = 0; block < 2; block++) {
 #pragma unroll
-            for (int j = 0; j < HS / 16; j++) {
+            for (int j = 0; j < N / 2; j++) {
                 if (HS > 64 && j % 2 == 0) __syncwarp();
                 uint32_t b[4], even[4], odd[4];
-                ldmatrix_x4_trans(b, v_tile + (32 * block + lane) * ROW<HS> + j * 16);
+                ldmatrix_x4_trans(b, v_tile + (32 * block + lane) * ROW<HS> + (first / 2 + j) * 16);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const half2 scale = scale_pair<HS>(scales, 32 * block + 8 * i + 2 * (lane % 4), j / 2);
+                    const half2 scale = scale_pair<HS>(scales, 32 * block + 8 * i + 2 * (lane % 4), (first / 2 + j) / 2);
                     even[i] = word(__hmul2(unpack<0x4240>(b[i]), scale));
                     odd[i] = word(__hmul2(unpack<0x4341>(b[i]), scale));
                 }
@@ -278,44 +284,44 @@ DEVICE void load_rows(Rows<HS> &rows, const AttentionArgs &args, const Attention
     }
 }
 
-// Takes one tile into the rows' online softmax.
-template <class KV, int HS> DEVICE void attend(Rows<HS> &rows, const AttentionArgs &args, uint32_t stage, int tile, int lane) {
-    float s[KV_TILE / 8][4] = {};
+// Scores of N eights of positions from `first` on, scaled, capped, and -inf where a row does not see; `top` takes the rows' largest.
+template <int N> DEVICE void mask_scores(float (&s)[N][4], float (&top)[2], const int (&positions)[2], const AttentionArgs &args, int first, int lane) {
     const int t = lane % 4;
-    KV::template scores<HS>(s, rows.q, stage, lane);
-    float top[2] = {-CUDART_INF_F, -CUDART_INF_F};
 #pragma unroll
-    for (int j = 0; j < KV_TILE / 8; j++) {
+    for (int j = 0; j < N; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[j][e] = __fmul_rn(s[j][e], args.scale);
+    if (args.softcap > 0.0f) {
+#pragma unroll
+        for (int j = 0; j < N; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[j][e] = args.softcap * tanhf(s[j][e] / args.softcap);
+    }
+#pragma unroll
+    for (int j = 0; j < N; j++) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            const int position = tile * KV_TILE + 8 * j + 2 * t + e % 2, own = rows.position[e / 2];
-            float v = s[j][e] * args.scale;
-            if (args.softcap > 0.0f) v = args.softcap * tanhf(v / args.softcap);
+            const int position = first + 8 * j + 2 * t + e % 2, own = positions[e / 2];
             const bool visible = position <= own && (args.window == 0 || position > own - args.window);
-            s[j][e] = visible ? v : -CUDART_INF_F;
+            s[j][e] = visible ? s[j][e] : -CUDART_INF_F;
             top[e / 2] = fmaxf(top[e / 2], s[j][e]);
         }
     }
-    float base[2], shrink[2], sum[2] = {};
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
         top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
-        const float m = fmaxf(rows.m[r], top[r]);
-        base[r] = m == -CUDART_INF_F ? 0.0f : m; // nothing seen yet: every weight below is exp(-inf) = 0
-        shrink[r] = exp_f32(rows.m[r] - base[r]);
-        rows.m[r] = m;
     }
-    uint32_t p[KV_TILE / 16][4];
+}
+
+// A tile's weights in f16, and their sums taken into l.
+DEVICE void take_weights(uint32_t (&p)[KV_TILE / 16][4], float (&l)[2], const float (&w)[KV_TILE / 8][4], const float (&shrink)[2]) {
+    float sum[2] = {};
 #pragma unroll
     for (int j = 0; j < KV_TILE / 8; j++) {
-        float w[4];
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            w[e] = exp_f32(s[j][e] - base[e / 2]);
-            sum[e / 2] += w[e];
-        }
-        half2 low = __floats2half2_rn(w[0], w[1]), high = __floats2half2_rn(w[2], w[3]);
+        for (int e = 0; e < 4; e++) sum[e / 2] += w[j][e];
+        half2 low = __floats2half2_rn(w[j][0], w[j][1]), high = __floats2half2_rn(w[j][2], w[j][3]);
         p[j / 2][2 * (j % 2)] = *reinterpret_cast<uint32_t *>(&low);
         p[j / 2][2 * (j % 2) + 1] = *reinterpret_cast<uint32_t *>(&high);
     }
@@ -323,8 +329,29 @@ template <class KV, int HS> DEVICE void attend(Rows<HS> &rows, const AttentionAr
     for (int r = 0; r < 2; r++) {
         sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
         sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
-        rows.l[r] = __fmaf_rn(rows.l[r], shrink[r], sum[r]);
+        l[r] = __fmaf_rn(l[r], shrink[r], sum[r]);
     }
+}
+
+// Takes one tile into the rows' online softmax.
+template <class KV, int HS> DEVICE void attend(Rows<HS> &rows, const AttentionArgs &args, uint32_t stage, int tile, int lane) {
+    float s[KV_TILE / 8][4] = {};
+    KV::template scores<HS>(s, rows.q, stage, lane);
+    float top[2] = {-CUDART_INF_F, -CUDART_INF_F}, base[2], shrink[2];
+    mask_scores<KV_TILE / 8>(s, top, rows.position, args, tile * KV_TILE, lane);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float m = fmaxf(rows.m[r], top[r]);
+        base[r] = m == -CUDART_INF_F ? 0.0f : m; // nothing seen yet: every weight below is exp(-inf) = 0
+        shrink[r] = exp_f32(rows.m[r] - base[r]);
+        rows.m[r] = m;
+    }
+#pragma unroll
+    for (int j = 0; j < KV_TILE / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[j][e] = exp_f32(s[j][e] - base[e / 2]);
+    uint32_t p[KV_TILE / 16][4];
+    take_weights(p, rows.l, s, shrink);
 #pragma unroll
     for (int j = 0; j < HS / 8; j++)
 #pragma unroll

@@ -8,28 +8,35 @@
 // Reference: dtype/*.rs decoders and an f64 product; w is rounded to f16, rel err <= 2^-10 of the sum of magnitudes.
 #include "matmul.cuh"
 #include "norm.cuh"
+#include "small.cuh"
 
 // Tiles in flight per warp: enough bytes to cover the latency of memory, few enough registers for 16 warps an SM.
 template <int KIND> __host__ __device__ constexpr int depth() {
     return KIND == F16 ? 2 : KIND == Q4 || KIND == MX4 ? 8 : 4;
 }
 
-// x in shared memory: per tile of 64 k the 16 values of lane t = 0..3 of a fragment one after another, so that a lane takes them
-// with two loads; rows are 16 bytes longer than they need be.
-DEVICE int shared_stride(int n_tiles) { return n_tiles * TILE_K + 8; }
-DEVICE int shared_place(int k) { return k / TILE_K * TILE_K + k % 8 / 2 * 16 + k % TILE_K / 8 * 2 + k % 2; }
-
 // x to shared memory, normalised if it comes in f32. Ends with a barrier.
 DEVICE void stage_x(half *xs, const MatmulArgs &args, const half *x, int thread, int n_threads) {
     const int stride = shared_stride(args.n_tiles), width = args.n_tiles * TILE_K;
     if (args.x_full == nullptr) {
         const int pieces = width / 8;
-        for (int i = thread; i < args.n * pieces; i += n_threads) {
-            const int row = i / pieces, part = i % pieces;
-            const uint4 v = *reinterpret_cast<const uint4 *>(x + static_cast<size_t>(row) * args.x_stride + part * 8);
-            half *target = xs + row * stride + shared_place(part * 8);
-            *reinterpret_cast<uint32_t *>(target) = v.x, *reinterpret_cast<uint32_t *>(target + 16) = v.y;
-            *reinterpret_cast<uint32_t *>(target + 32) = v.z, *reinterpret_cast<uint32_t *>(target + 48) = v.w;
+        // Loads first, several at a time: a store might change what they read, for all that the compiler knows.
+        constexpr int AHEAD = 4;
+        for (int first = thread; first < args.n * pieces; first += AHEAD * n_threads) {
+            uint4 v[AHEAD];
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) {
+                const int i = first + k * n_threads, row = i / pieces, part = i % pieces;
+                if (row < args.n) v[k] = *reinterpret_cast<const uint4 *>(x + static_cast<size_t>(row) * args.x_stride + part * 8);
+            }
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) {
+                const int i = first + k * n_threads, row = i / pieces, part = i % pieces;
+                if (row >= args.n) break;
+                half *target = xs + row * stride + shared_place(part * 8);
+                *reinterpret_cast<uint32_t *>(target) = v[k].x, *reinterpret_cast<uint32_t *>(target + 16) = v[k].y;
+                *reinterpret_cast<uint32_t *>(target + 32) = v[k].z, *reinterpret_cast<uint32_t *>(target + 48) = v[k].w;
+            }
         }
         __syncthreads();
         return;
@@ -44,8 +51,20 @@ DEVICE void stage_x(half *xs, const MatmulArgs &args, const half *x, int thread,
     for (int row = 0; row < args.n; row++) {
         const float *in = args.x_full + static_cast<size_t>(row) * args.n_cols;
         const float inverse = inverse_rms(sums[row], args.n_cols, args.norm_eps, lane);
-        for (int c = thread; c < width; c += n_threads) {
-            xs[row * stride + shared_place(c)] = c < args.n_cols ? to_half(in[c] * inverse * args.norm_weight[c]) : __float2half_rn(0.0f);
+        // As above.
+        constexpr int AHEAD = 8;
+        for (int first = thread; first < width; first += AHEAD * n_threads) {
+            float v[AHEAD], w[AHEAD];
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                const int c = first + i * n_threads;
+                v[i] = c < args.n_cols ? in[c] : 0.0f, w[i] = c < args.n_cols ? args.norm_weight[c] : 0.0f;
+            }
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                const int c = first + i * n_threads;
+                if (c < width) xs[row * stride + shared_place(c)] = c < args.n_cols ? to_half(v[i] * inverse * w[i]) : __float2half_rn(0.0f);
+            }
         }
     }
     __syncthreads();
@@ -61,26 +80,6 @@ DEVICE void prefetch_constants(const MatmulArgs &args, int mat, int thread, int 
     const size_t at = static_cast<size_t>(mat) * args.n_rows + first;
     if (thread == 0 && args.bias != nullptr) prefetch(args.bias + at);
     if (thread == 0 && args.bias_up != nullptr) prefetch(args.bias_up + at);
-}
-
-// Adds the chunks of a stripe and writes its rows. A thread has a cell at a time.
-DEVICE void finish_stripe(const MatmulArgs &args, const float (*partial)[TILE_ROWS * 8], int mat, int stripe, int job) {
-    const int n_chunks = blockDim.y, first = threadIdx.y * WARP + threadIdx.x, step = n_chunks * WARP;
-    if (args.epilogue == GATED_F16) {
-        for (int i = first; i < args.n * 8; i += step) {
-            const int row = i % 8, col = i / 8, cell = col * TILE_ROWS + row;
-            float sum = 0.0f, sum_up = 0.0f;
-            for (int c = 0; c < n_chunks; c++) sum += partial[c][cell], sum_up += partial[c][cell + 8];
-            finish_gated(args, sum, sum_up, mat, stripe * 8 + row, args.mat_of == nullptr ? col : job);
-        }
-    } else {
-        for (int cell = first; cell < args.n * TILE_ROWS; cell += step) {
-            const int row = cell % TILE_ROWS, col = cell / TILE_ROWS;
-            float sum = 0.0f;
-            for (int c = 0; c < n_chunks; c++) sum += partial[c][cell];
-            finish(args, sum, mat, stripe * TILE_ROWS + row, args.mat_of == nullptr ? col : job);
-        }
-    }
 }
 
 template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args) {
@@ -104,9 +103,6 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
     }
     prefetch_constants(args, mat, warp * WARP + lane, blockDim.y * WARP);
     wait_for_predecessor();
-    if (args.epilogue == ADD_F32 && warp == 0 && lane < args.n && blockIdx.x * TILE_ROWS < args.n_rows) {
-        prefetch(static_cast<const float *>(args.y) + static_cast<size_t>(lane) * args.y_stride + blockIdx.x * TILE_ROWS);
-    }
     half *xs = reinterpret_cast<half *>(shared);
     if (STAGED) stage_x(xs, args, x, warp * WARP + lane, blockDim.y * WARP);
     // Columns that there are not repeat the first: their sums are not written.
@@ -117,6 +113,7 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
     int turn = 0;
     for (int stripe = blockIdx.x; stripe < args.n_stripes; stripe += gridDim.x) {
         const size_t here = mat_tiles + static_cast<size_t>(stripe) * args.n_tiles;
+        const Ends ends = load_ends(args, mat, stripe, job, warp * WARP + lane);
         float acc[4] = {};
         for (int tile0 = begin; tile0 < end; tile0 += DEPTH) {
             // What follows these tiles: those of this stripe, or the first ones of the next.
@@ -130,32 +127,20 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
                 if (tile < end) {
                     uint32_t b[8];
                     if constexpr (STAGED) {
-                        const uint4 *own = reinterpret_cast<const uint4 *>(x_lane + tile * TILE_K);
-                        const uint4 low = own[0], high = own[1];
-                        b[0] = low.x, b[1] = low.y, b[2] = low.z, b[3] = low.w;
-                        b[4] = high.x, b[5] = high.y, b[6] = high.z, b[7] = high.w;
+                        take_staged(b, x_lane + tile * TILE_K);
                     } else {
 #pragma unroll
                         for (int i = 0; i < 8; i++) b[i] = *reinterpret_cast<const uint32_t *>(x_lane + tile * TILE_K + 8 * i);
                     }
-#pragma unroll
-                    for (int s = 0; s < 4; s++) {
-                        uint32_t a[4];
-                        fragment(a, raw[d], s);
-                        mma_16x8x16(acc, a, b[2 * s], b[2 * s + 1]);
-                    }
+                    multiply_tile(acc, raw[d], b);
                 }
                 if (d < n_next) load_tile(raw[d], args.w, next + d, lane);
             }
         }
         // The barrier of one stripe lets the other half of `partial` be written again.
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int row = lane / 4 + 8 * (e / 2), col = 2 * (lane % 4) + e % 2;
-            partial[turn][warp][col * TILE_ROWS + row] = acc[e];
-        }
+        keep_partial(partial[turn][warp], acc, lane);
         __syncthreads();
-        finish_stripe(args, partial[turn], mat, stripe, job);
+        finish_stripe(args, partial[turn], mat, stripe, job, blockDim.y, warp * WARP + lane, ends);
         turn ^= 1;
     }
 }

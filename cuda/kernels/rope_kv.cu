@@ -4,12 +4,7 @@
 // q_out [n, NH * HS] f16   cache k, v: kv.cuh, f16 or 8 bit, slot = 32 * block + token
 // q_norm, k_norm [HS] f32 or null: RMS normalisation of each head before the rotation.
 // Grid (n, (NH + 2 NKV) / 8 rounded up), block (32, 8): a warp has one head of one token.   Bound by: reading qkv once.
-#include "kv.cuh"
-
-constexpr int MAX_DIM = 128;
-// An 8-bit group's largest magnitude becomes 127 times an f16 scale; beyond this their product could round to infinity.
-constexpr float BYTE_LIMIT = 64000.0f;
-constexpr unsigned NO_SLOT = 0xffffffffu; // a row of the batch without a token: nothing is written
+#include "rope.cuh"
 
 // Mirrored by `RopeKvArgs` in launch/attention.rs.
 struct RopeKvArgs {
@@ -22,22 +17,6 @@ struct RopeKvArgs {
     int n_heads, n_kv_heads, head_dim, n_rot;
     int interleaved; // pairs (2i, 2i + 1), else (i, i + n_rot / 2)
 };
-
-// One row of the 8-bit cache from its elements in shared memory: the rounding of backend/cpu/kv.rs.
-DEVICE void store_bytes(uint8_t *head, int token, const float *row, int dim, int lane) {
-    for (int group = 0; group * 32 < dim; group++) {
-        const int i = group * 32 + lane;
-        const float v = i < dim ? fminf(fmaxf(row[i], -BYTE_LIMIT), BYTE_LIMIT) : 0.0f;
-        const float scale = __fdiv_rn(warp_max(fabsf(v)), 127.0f);
-        const float inverse = scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale);
-        const int q = min(max(__float2int_rz(roundf(__fmul_rn(v, inverse))), -128), 127);
-        head[token * byte_row(dim) + i] = static_cast<uint8_t>(q + 128);
-        if (lane == 0) {
-            half *scales = reinterpret_cast<half *>(head + KV_BLOCK_TOKENS * byte_row(dim));
-            scales[group * KV_BLOCK_TOKENS + token] = __float2half_rn(scale);
-        }
-    }
-}
 
 constexpr int HEADS_PER_BLOCK = 8; // a warp each: blocks of one warp start more slowly than they work. Mirrored in launch/attention.rs.
 
@@ -57,15 +36,8 @@ template <bool BYTES> DEVICE void rope_kv(const RopeKvArgs &args) {
                      : reinterpret_cast<half *>(rows) + slot % KV_BLOCK_TOKENS * dim;
     const bool as_bytes = BYTES && !is_q;
     // Inputs of the step and tables are there before the predecessor has finished.
-    const int half_rot = args.n_rot / 2;
-    const float *cosines = args.table + static_cast<size_t>(is_v ? 0 : args.positions[token]) * args.n_rot;
-    float cosine[MAX_DIM / 2 / WARP], sine[MAX_DIM / 2 / WARP];
-#pragma unroll
-    for (int p = 0; p < MAX_DIM / 2 / WARP; p++) {
-        const int i = lane + p * WARP;
-        const bool rotates = !is_v && i < half_rot;
-        cosine[p] = rotates ? cosines[i] : 1.0f, sine[p] = rotates ? cosines[half_rot + i] : 0.0f;
-    }
+    const float *row = args.table + static_cast<size_t>(is_v ? 0 : args.positions[token]) * args.n_rot;
+    const Angles angles = load_angles(row, args.n_rot, !is_v, lane);
     wait_for_predecessor();
     if (slot == NO_SLOT) return;
     auto store = [&](int i, float v) {
@@ -74,29 +46,13 @@ template <bool BYTES> DEVICE void rope_kv(const RopeKvArgs &args) {
     if (is_v) {
         for (int i = lane; i < dim; i += WARP) store(i, in[i]);
     } else {
-        const float *norm = is_q ? args.q_norm : args.k_norm;
-        float inverse = 1.0f;
-        if (norm != nullptr) {
-            float sum = 0.0f;
-            for (int i = lane; i < dim; i += WARP) sum += in[i] * in[i];
-            inverse = rsqrtf(warp_sum(sum) / dim + args.norm_eps);
-        }
-#pragma unroll
-        for (int p = 0; p < MAX_DIM / 2 / WARP; p++) {
-            const int i = lane + p * WARP;
-            if (i >= half_rot) break;
-            const int a = args.interleaved ? 2 * i : i, b = args.interleaved ? 2 * i + 1 : i + half_rot;
-            float x = in[a], y = in[b];
-            if (norm != nullptr) x *= inverse * norm[a], y *= inverse * norm[b];
-            // Written so that no compiler contracts it differently in two places.
-            store(a, __fmaf_rn(x, cosine[p], -__fmul_rn(y, sine[p])));
-            store(b, __fmaf_rn(y, cosine[p], __fmul_rn(x, sine[p])));
-        }
-        for (int i = args.n_rot + lane; i < dim; i += WARP) store(i, norm != nullptr ? in[i] * inverse * norm[i] : in[i]);
+        rotate_head([&](int i) { return in[i]; }, store, angles, is_q ? args.q_norm : args.k_norm, args.norm_eps, args.n_rot, dim,
+                    args.interleaved, lane);
     }
     if (as_bytes) {
         __syncwarp();
-        store_bytes(rows, slot % KV_BLOCK_TOKENS, rotated, dim, lane);
+        const unsigned at = slot % KV_BLOCK_TOKENS;
+        store_bytes(rows + at * byte_row(dim), reinterpret_cast<half *>(rows + KV_BLOCK_TOKENS * byte_row(dim)) + at, rotated, dim, lane);
     }
 }
 

@@ -124,6 +124,15 @@ DEVICE half2 high2(uint32_t v) { return __high2half2(as_half2(v)); }
 // Integers below 1024 become f16 by giving them the exponent of 1024, exactly.
 constexpr uint32_t EXP_1024 = 0x64006400u;
 
+// (a & mask) | b, which is one instruction.
+DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t b) {
+    uint32_t v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(a), "r"(mask), "r"(b));
+    return v;
+}
+// Left, or right by a negative count.
+DEVICE uint32_t shifted(uint32_t v, int left) { return left < 0 ? v >> -left : v << left; }
+
 // The four A registers of k16 step `s`.
 template <int KIND> DEVICE void fragment(uint32_t (&a)[4], const RawTile<KIND> &raw, int s) {
     if constexpr (KIND == F16) {
@@ -142,26 +151,30 @@ template <int KIND> DEVICE void fragment(uint32_t (&a)[4], const RawTile<KIND> &
         const uint32_t word = s == 0 ? raw.lo[0].x : s == 1 ? raw.lo[0].y : s == 2 ? raw.lo[0].z : raw.lo[0].w;
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-            uint32_t q = (word >> (4 * r)) & 0x000f000fu;
             if constexpr (KIND == MX4) {
                 // E2M1 as the top of an f16: sign to bit 15, the rest to bits 9-11, 2^14 too small.
-                const uint32_t f = ((q & 0x00080008u) << 12) | ((q & 0x00070007u) << 9);
+                const uint32_t sign = shifted(word, 12 - 4 * r) & 0x80008000u, f = and_or(shifted(word, 9 - 4 * r), 0x0e000e00u, sign);
                 const uint32_t e = (raw.scale[0] >> (16 * (r & 1) + 8 * (s / 2))) & 0xffu;
                 a[r] = bits(__hmul2(as_half2(f), as_half2((e << 10) | (e << 26))));
-            } else if constexpr (KIND == Q4 || KIND == Q5) {
-                if constexpr (KIND == Q5) q |= ((raw.hi[0] >> (4 * s + r)) & 0x00010001u) << 4;
-                const half2 x = __hsub2(as_half2(q | EXP_1024), __float2half2_rn(1024.0f));
-                const uint32_t sm = raw.scale[2 * (r & 1) + s / 2];
-                a[r] = bits(__hfma2(x, low2(sm), high2(sm)));
-            } else if constexpr (KIND == Q4G16) {
-                const half2 x = __hsub2(as_half2(q | EXP_1024), __float2half2_rn(1024.0f));
-                const uint32_t sm = raw.scale[4 * (r & 1) + s];
-                a[r] = bits(__hfma2(x, low2(sm), high2(sm)));
-            } else { // Q6
-                q |= ((raw.hi[s / 2] >> (2 * (4 * (s % 2) + r))) & 0x00030003u) << 4;
-                const half2 x = __hsub2(as_half2(q | EXP_1024), __float2half2_rn(1056.0f));
-                const uint32_t pair = raw.scale[2 * (r & 1) + s / 2];
-                a[r] = bits(__hmul2(x, s % 2 == 0 ? low2(pair) : high2(pair)));
+            } else {
+                // Registers 1 and 3 leave their nibbles where they are and have 16 q; the sum that takes 1024 off divides it, exactly.
+                const int up = r % 2 == 0 ? 0 : 4;
+                uint32_t q = and_or(r < 2 ? word : word >> 8, 0x000f000fu << up, EXP_1024);
+                if constexpr (KIND == Q5) q = and_or(shifted(raw.hi[0], 4 + up - (4 * s + r)), 0x00100010u << up, q);
+                if constexpr (KIND == Q6) q = and_or(shifted(raw.hi[s / 2], 4 + up - 2 * (4 * (s % 2) + r)), 0x00300030u << up, q);
+                constexpr float ZERO = KIND == Q6 ? 32.0f : 0.0f;
+                const half2 x = up == 0 ? __hsub2(as_half2(q), __float2half2_rn(1024.0f + ZERO))
+                                        : __hfma2(as_half2(q), __float2half2_rn(0.0625f), __float2half2_rn(-64.0f - ZERO));
+                if constexpr (KIND == Q4 || KIND == Q5) {
+                    const uint32_t sm = raw.scale[2 * (r & 1) + s / 2];
+                    a[r] = bits(__hfma2(x, low2(sm), high2(sm)));
+                } else if constexpr (KIND == Q4G16) {
+                    const uint32_t sm = raw.scale[4 * (r & 1) + s];
+                    a[r] = bits(__hfma2(x, low2(sm), high2(sm)));
+                } else { // Q6
+                    const uint32_t pair = raw.scale[2 * (r & 1) + s / 2];
+                    a[r] = bits(__hmul2(x, s % 2 == 0 ? low2(pair) : high2(pair)));
+                }
             }
         }
     }

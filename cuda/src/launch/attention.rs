@@ -165,6 +165,27 @@ struct AttentionArgs {
     partial_rows: i32,
 }
 
+/// Mirrors `NewTokenArgs` of `attention_new.cuh`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct NewTokenArgs {
+    attention: AttentionArgs,
+    qkv: u64,
+    table: u64,
+    q_norm: u64,
+    k_norm: u64,
+    slots: u64,
+    tickets: u64,
+    norm_eps: f32,
+    qkv_stride: i32,
+    k_first: i32,
+    v_first: i32,
+    n_rot: i32,
+    interleaved: i32,
+    n_items: i32,
+    head_dim: i32,
+}
+
 /// Rows of the largest item that [`Item::cut`] makes of one token in pieces of [`DECODE_ROWS`].
 pub fn rows_of_one_token(heads: Heads) -> usize {
     (heads.n_heads / heads.n_kv_heads).min(DECODE_ROWS)
@@ -214,16 +235,8 @@ impl Attention<'_> {
     /// # Errors
     /// [`CudaError::Contract`]; a failed launch.
     pub fn decode(&self, kernels: &Kernels, decode: &DecodeItems<'_>, partial: &Buffer<f32>) -> Result<(), CudaError> {
+        self.check_decode(decode, partial)?;
         let DecodeItems { items, n_items, rows, max_splits } = *decode;
-        self.check(items, n_items)?;
-        if rows == 0 || rows > DECODE_ROWS || max_splits == 0 {
-            let expected = format!("1 to {DECODE_ROWS} rows, 1 or more splits");
-            return Err(contract("decode", expected, format!("{rows} rows, {max_splits} splits")));
-        }
-        let needed = decode_partial_len(self.heads, n_items, rows, max_splits);
-        if partial.len() < needed {
-            return Err(contract("partial", needed, partial.len()));
-        }
         let (split, merge) = decode_names(self.kv.format, self.heads.head_dim);
         let shared = 2 * self.stage_bytes();
         let args = self.args(items, partial.ptr(), rows, max_splits);
@@ -238,6 +251,83 @@ impl Attention<'_> {
         let kernel = kernels.get("attention_decode", merge, 0)?;
         // SAFETY: as above.
         unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args)) }
+    }
+
+    /// Enqueues the rotation of `rope` for `n` tokens, the writing of their keys and values, and the attention of their items, which
+    /// have one token each, in one kernel: the bits of [`rope_kv`] and [`Attention::decode`]. The `q` of attention and the `q_out` of
+    /// `rope` are not touched. `tickets` has an element for each item and kv head, zero between launches.
+    ///
+    /// # Errors
+    /// [`CudaError::Contract`]; a failed launch.
+    pub fn decode_new(
+        &self,
+        kernels: &Kernels,
+        rope: (&RopeKv<'_>, usize),
+        decode: &DecodeItems<'_>,
+        partial: &Buffer<f32>,
+        tickets: &Buffer<u32>,
+    ) -> Result<(), CudaError> {
+        let args = self.new_token_args(rope, decode, partial, tickets)?;
+        // Scores, the new key and value, the largest scores. Mirrors `UnitShared`.
+        let shared = 2 * self.stage_bytes() + 8192 + 1024 + 512;
+        let n_units = decode.n_items * self.heads.n_kv_heads * decode.max_splits;
+        let launch = Launch { grid: (n_units as u32, 1, 1), block: (256, 1, 1), shared_bytes: shared, overlap: true };
+        let kernel = kernels.get("attention_new", new_name(self.kv.format, self.heads.head_dim), shared)?;
+        // SAFETY: NewTokenArgs mirrors the kernel's parameter; it was held against the buffers when it was made.
+        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args)) }
+    }
+
+    /// Arguments of attention with rotation, held against their buffers.
+    pub(super) fn new_token_args(
+        &self,
+        (rope, n): (&RopeKv<'_>, usize),
+        decode: &DecodeItems<'_>,
+        partial: &Buffer<f32>,
+        tickets: &Buffer<u32>,
+    ) -> Result<NewTokenArgs, CudaError> {
+        self.check_decode(decode, partial)?;
+        rope.check(n)?;
+        let layer = |kv: &KvLayer, heads: Heads| (kv.k.ptr(), kv.v.ptr(), kv.format, heads);
+        if layer(rope.kv, rope.heads) != layer(self.kv, self.heads) {
+            let found = format!("{:?} of {:?} and {:?} of {:?}", rope.heads, rope.kv, self.heads, self.kv);
+            return Err(contract("rotation and attention", "one layer and its heads", found));
+        }
+        let n_tickets = decode.n_items * self.heads.n_kv_heads;
+        if tickets.len() < n_tickets {
+            return Err(contract("tickets", n_tickets, tickets.len()));
+        }
+        let rope = rope.args();
+        Ok(NewTokenArgs {
+            attention: self.args(decode.items, partial.ptr(), decode.rows, decode.max_splits),
+            qkv: rope.qkv,
+            table: rope.table,
+            q_norm: rope.q_norm,
+            k_norm: rope.k_norm,
+            slots: rope.slots,
+            tickets: tickets.ptr(),
+            norm_eps: rope.norm_eps,
+            qkv_stride: rope.qkv_stride,
+            k_first: rope.k_first,
+            v_first: rope.v_first,
+            n_rot: rope.n_rot,
+            interleaved: rope.interleaved,
+            n_items: decode.n_items as i32,
+            head_dim: self.heads.head_dim as i32,
+        })
+    }
+
+    fn check_decode(&self, decode: &DecodeItems<'_>, partial: &Buffer<f32>) -> Result<(), CudaError> {
+        let DecodeItems { items, n_items, rows, max_splits } = *decode;
+        self.check(items, n_items)?;
+        if rows == 0 || rows > DECODE_ROWS || max_splits == 0 {
+            let expected = format!("1 to {DECODE_ROWS} rows, 1 or more splits");
+            return Err(contract("decode", expected, format!("{rows} rows, {max_splits} splits")));
+        }
+        let needed = decode_partial_len(self.heads, n_items, rows, max_splits);
+        if partial.len() < needed {
+            return Err(contract("partial", needed, partial.len()));
+        }
+        Ok(())
     }
 
     /// Shared memory of a tile of keys and one of values. Mirrors `STAGE` of `attention.cuh`.
@@ -343,6 +433,15 @@ fn decode_names(format: KvFormat, head_dim: usize) -> (&'static str, &'static st
     names!(format, head_dim, name)
 }
 
+fn new_name(format: KvFormat, head_dim: usize) -> &'static str {
+    macro_rules! name {
+        ($format:literal, $dim:literal) => {
+            concat!("attention_new_", $format, $dim)
+        };
+    }
+    names!(format, head_dim, name)
+}
+
 fn check_heads(heads: Heads) -> Result<(), CudaError> {
     if !HEAD_DIMS.contains(&heads.head_dim) {
         return Err(contract("head size", format!("one of {HEAD_DIMS:?}"), heads.head_dim));
@@ -416,56 +515,70 @@ struct RopeKvArgs {
 /// # Errors
 /// [`CudaError::Contract`]; a failed launch.
 pub fn rope_kv(kernels: &Kernels, op: &RopeKv<'_>, n: usize) -> Result<(), CudaError> {
-    check_heads(op.heads)?;
-    let Heads { n_heads, n_kv_heads, head_dim } = op.heads;
-    let needed = op.v_first.max(op.k_first) + n_kv_heads * head_dim;
-    if n == 0 || op.stride < needed || op.qkv.len() < n * op.stride {
-        return Err(contract(
-            "qkv",
-            format!("{n} rows of {needed} or more"),
-            format!("{} of {}", op.qkv.len(), op.stride),
-        ));
-    }
-    if op.n_rot > head_dim || !op.n_rot.is_multiple_of(2) || op.positions.len() < n || op.slots.len() < n {
-        return Err(contract("rotation", format!("an even part of {head_dim}, {n} positions and slots"), op.n_rot));
-    }
-    if op.q_out.len() < n * n_heads * head_dim {
-        return Err(contract("q_out", format!("{n} rows of {}", n_heads * head_dim), op.q_out.len()));
-    }
-    if let Some((q, k, _)) = op.norm.filter(|(q, k, _)| q.len() != head_dim || k.len() != head_dim) {
-        return Err(contract("norm", format!("{head_dim} weights twice"), format!("{} and {}", q.len(), k.len())));
-    }
-    op.kv.check(op.heads)?;
-    let args = RopeKvArgs {
-        qkv: op.qkv.ptr(),
-        table: op.table.ptr(),
-        q_norm: op.norm.map_or(0, |n| n.0.ptr()),
-        k_norm: op.norm.map_or(0, |n| n.1.ptr()),
-        positions: op.positions.ptr(),
-        slots: op.slots.ptr(),
-        q_out: op.q_out.ptr(),
-        k_cache: op.kv.k.ptr(),
-        v_cache: op.kv.v.ptr(),
-        norm_eps: op.norm.map_or(0.0, |n| n.2),
-        qkv_stride: op.stride as i32,
-        k_first: op.k_first as i32,
-        v_first: op.v_first as i32,
-        n_heads: n_heads as i32,
-        n_kv_heads: n_kv_heads as i32,
-        head_dim: head_dim as i32,
-        n_rot: op.n_rot as i32,
-        interleaved: i32::from(op.interleaved),
-    };
+    op.check(n)?;
     let launch = Launch {
-        grid: (n as u32, (n_heads + 2 * n_kv_heads).div_ceil(ROPE_HEADS) as u32, 1),
+        grid: (n as u32, (op.heads.n_heads + 2 * op.heads.n_kv_heads).div_ceil(ROPE_HEADS) as u32, 1),
         block: (32, ROPE_HEADS as u32, 1),
         shared_bytes: 0,
         overlap: true,
     };
     let name = if op.kv.format == KvFormat::F16 { "rope_kv" } else { "rope_kv_q8" };
-    // SAFETY: RopeKvArgs mirrors the kernel's parameter; the checks above held the buffers against the shapes, and slots and
+    // SAFETY: RopeKvArgs mirrors the kernel's parameter; `check` held the buffers against the shapes, and slots and
     // positions are validated where the batch is made.
-    unsafe { kernels.get("rope_kv", name, 0)?.launch(kernels.gpu(), launch, Args::new().with(args)) }
+    unsafe { kernels.get("rope_kv", name, 0)?.launch(kernels.gpu(), launch, Args::new().with(op.args())) }
+}
+
+impl RopeKv<'_> {
+    fn check(&self, n: usize) -> Result<(), CudaError> {
+        check_heads(self.heads)?;
+        let Heads { n_heads, n_kv_heads, head_dim } = self.heads;
+        let needed = self.v_first.max(self.k_first) + n_kv_heads * head_dim;
+        if n == 0 || self.stride < needed || self.qkv.len() < n * self.stride {
+            return Err(contract(
+                "qkv",
+                format!("{n} rows of {needed} or more"),
+                format!("{} of {}", self.qkv.len(), self.stride),
+            ));
+        }
+        if self.n_rot > head_dim || !self.n_rot.is_multiple_of(2) || self.positions.len() < n || self.slots.len() < n {
+            return Err(contract(
+                "rotation",
+                format!("an even part of {head_dim}, {n} positions and slots"),
+                self.n_rot,
+            ));
+        }
+        if self.q_out.len() < n * n_heads * head_dim {
+            let expected = format!("{n} rows of {}", n_heads * head_dim);
+            return Err(contract("q_out", expected, self.q_out.len()));
+        }
+        if let Some((q, k, _)) = self.norm.filter(|(q, k, _)| q.len() != head_dim || k.len() != head_dim) {
+            return Err(contract("norm", format!("{head_dim} weights twice"), format!("{} and {}", q.len(), k.len())));
+        }
+        self.kv.check(self.heads)
+    }
+
+    fn args(&self) -> RopeKvArgs {
+        RopeKvArgs {
+            qkv: self.qkv.ptr(),
+            table: self.table.ptr(),
+            q_norm: self.norm.map_or(0, |n| n.0.ptr()),
+            k_norm: self.norm.map_or(0, |n| n.1.ptr()),
+            positions: self.positions.ptr(),
+            slots: self.slots.ptr(),
+            q_out: self.q_out.ptr(),
+            k_cache: self.kv.k.ptr(),
+            v_cache: self.kv.v.ptr(),
+            norm_eps: self.norm.map_or(0.0, |n| n.2),
+            qkv_stride: self.stride as i32,
+            k_first: self.k_first as i32,
+            v_first: self.v_first as i32,
+            n_heads: self.heads.n_heads as i32,
+            n_kv_heads: self.heads.n_kv_heads as i32,
+            head_dim: self.heads.head_dim as i32,
+            n_rot: self.n_rot as i32,
+            interleaved: i32::from(self.interleaved),
+        }
+    }
 }
 
 fn contract(what: &str, expected: impl ToString, found: impl ToString) -> CudaError {

@@ -38,6 +38,7 @@ use super::{
     AttentionOp, Backend, BackendError, Batch, Begun, GatedOp, HeadOp, Join, KvDtype, KvLayout, Linear, MemoryUse,
     ModelShape, MoeOp, QkvOp, Routes, SampleRow, Sampled, WeightShape, WeightSource,
 };
+use ops::Rotation;
 use plan::{WorkSizes, heads};
 use playhouse_cuda::CudaError;
 use playhouse_cuda::arena::{Arena, Cap};
@@ -66,6 +67,8 @@ pub fn kernels_built() -> Result<(), CudaError> {
 pub struct CudaBackend {
     // Dropped in this order: what uses memory before the memory.
     capture: Option<(Bucket, Capture)>,
+    /// Of the layer whose attention comes next, where that rotates.
+    rotation: Option<Rotation>,
     recordings: HashMap<Bucket, Recording>,
     inputs: Option<StepInputs>,
     sampling: Option<Sampling>,
@@ -123,6 +126,7 @@ impl CudaBackend {
         let weights = Arena::with_cap(&gpu, "weights", reserve, cap.clone())?;
         Ok(Self {
             capture: None,
+            rotation: None,
             recordings: HashMap::new(),
             inputs: None,
             sampling: None,

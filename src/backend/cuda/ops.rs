@@ -1,6 +1,6 @@
 //! The ops, each as a few launches.
 
-use super::plan::{expert_rows, expert_tile, heads};
+use super::plan::{expert_rows, expert_tile, heads, one_kernel_attends};
 use super::weight::{CudaWeight, Joined};
 use super::{CudaBackend, CudaTensor};
 use crate::backend::{
@@ -8,7 +8,7 @@ use crate::backend::{
 };
 use playhouse_cuda::CudaError;
 use playhouse_cuda::arena::Buffer;
-use playhouse_cuda::launch::attention::{self, Attention, DecodeItems, RopeKv};
+use playhouse_cuda::launch::attention::{self, Attention, DecodeItems, Heads, KvLayer, RopeKv};
 use playhouse_cuda::launch::embed::embed;
 use playhouse_cuda::launch::gate::gate_up;
 use playhouse_cuda::launch::matmul::{Experts, Gate, NormInput, Output, Product, Rows};
@@ -35,25 +35,27 @@ impl CudaBackend {
         let qkv = self.work.qkv.get(&self.work.arena, n * stride)?;
         self.project_qkv(op, &mut Normed::new(&op.norm, x), &qkv, stride, n)?;
         let table = op.rope.table.values.as_ref().expect("a rotation table is loaded as values");
-        let norms =
-            op.qk_norm.as_ref().map(|(q, k)| (q.weight.vector(dims.head_dim), k.weight.vector(dims.head_dim), q.eps));
-        let q_out = q.fill_half_packed(q_dim)?;
-        let inputs = self.inputs()?;
-        let rope = RopeKv {
-            heads: heads(dims),
-            qkv: &qkv,
+        let norm = op.qk_norm.as_ref().map(|(q, k)| {
+            let (q_norm, k_norm) = (q.weight.vector(dims.head_dim), k.weight.vector(dims.head_dim));
+            (q_norm.clone(), k_norm.clone(), q.eps)
+        });
+        let rotation = Rotation {
+            qkv,
             stride,
             k_first: q_dim,
             v_first: q_dim + kv_dim,
-            table: &table.own,
+            table: table.own.clone(),
             n_rot: op.rope.n_rot,
             interleaved: op.rope.pairing == Pairing::Interleaved,
-            norm: norms,
-            positions: &inputs.positions,
-            slots: &inputs.slots,
-            q_out: &q_out.data,
-            kv: self.kv_layer(op.layer)?,
+            norm,
+            q_out: q.fill_half_packed(q_dim)?.data,
         };
+        let inputs = self.inputs()?;
+        if inputs.n_prefill_items == 0 && one_kernel_attends(n, inputs.max_splits) {
+            self.rotation = Some(rotation); // what attends will rotate
+            return Ok(());
+        }
+        let rope = rotation.op(heads(dims), &inputs.positions, &inputs.slots, self.kv_layer(op.layer)?);
         attention::rope_kv(&self.kernels, &rope, n)
     }
 
@@ -97,10 +99,11 @@ impl CudaBackend {
         let rows = attention::rows_of_one_token(heads);
         let len = attention::decode_partial_len(heads, inputs.n_decode_items, rows, inputs.max_splits);
         let partial = self.work.attention.get(&self.work.arena, len.max(1))?;
+        let kv = self.kv_layer(op.layer)?.clone();
         let attention = Attention {
             heads,
             q: &q.data.slice(0..q.data.len() / q_dim * q_dim),
-            kv: self.kv_layer(op.layer)?,
+            kv: &kv,
             out: &out,
             sinks: op.sinks.map(|s| s.vector(heads.n_heads)),
             tables: &inputs.tables,
@@ -109,13 +112,18 @@ impl CudaBackend {
             softcap: op.softcap,
             window: op.window,
         };
+        let (items, n_items) = (&inputs.decode_items, inputs.n_decode_items);
+        let decode = DecodeItems { items, n_items, rows, max_splits: inputs.max_splits };
+        if let Some(rotation) = self.rotation.take() {
+            let rope = rotation.op(heads, &inputs.positions, &inputs.slots, &kv);
+            let tickets = self.work.tickets.get(&self.work.arena, n_items * heads.n_kv_heads)?;
+            return attention.decode_new(&self.kernels, (&rope, inputs.n_tokens), &decode, &partial, &tickets);
+        }
         if inputs.n_prefill_items > 0 {
             attention.prefill(&self.kernels, &inputs.prefill_items, inputs.n_prefill_items)?;
         }
         if inputs.n_decode_items > 0 {
-            let (items, n_items) = (&inputs.decode_items, inputs.n_decode_items);
-            let items = DecodeItems { items, n_items, rows, max_splits: inputs.max_splits };
-            attention.decode(&self.kernels, &items, &partial)?;
+            attention.decode(&self.kernels, &decode, &partial)?;
         }
         Ok(())
     }
@@ -302,6 +310,45 @@ impl CudaBackend {
         let len = product.partial_len(&self.kernels);
         let partial = self.work.partial.get(&self.work.arena, len.max(1))?;
         product.launch(&self.kernels, &partial)
+    }
+}
+
+/// What [`RopeKv`] needs of a layer's projections, kept until its attention runs.
+pub(super) struct Rotation {
+    qkv: Buffer<f32>,
+    stride: usize,
+    k_first: usize,
+    v_first: usize,
+    table: Buffer<f32>,
+    n_rot: usize,
+    interleaved: bool,
+    norm: Option<(Buffer<f32>, Buffer<f32>, f32)>,
+    q_out: Buffer<half::f16>,
+}
+
+impl Rotation {
+    fn op<'a>(
+        &'a self,
+        heads: Heads,
+        positions: &'a Buffer<u32>,
+        slots: &'a Buffer<u32>,
+        kv: &'a KvLayer,
+    ) -> RopeKv<'a> {
+        RopeKv {
+            heads,
+            qkv: &self.qkv,
+            stride: self.stride,
+            k_first: self.k_first,
+            v_first: self.v_first,
+            table: &self.table,
+            n_rot: self.n_rot,
+            interleaved: self.interleaved,
+            norm: self.norm.as_ref().map(|(q, k, eps)| (q, k, *eps)),
+            positions,
+            slots,
+            q_out: &self.q_out,
+            kv,
+        }
     }
 }
 

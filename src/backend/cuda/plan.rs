@@ -93,6 +93,16 @@ pub(super) fn expert_tile(n: usize, (n_experts, n_used): (usize, usize)) -> Opti
     }
 }
 
+/// Most tokens of a step whose rotation, attention and merge are one kernel.
+const NEW_TOKENS: usize = 8;
+/// Most splits that one block merges there; of more, many blocks merge a part each.
+const NEW_SPLITS: usize = 8;
+
+/// Whether a step of `n` tokens of a sequence each, which see up to `max_splits` splits, rotates, attends and merges in one kernel.
+pub(super) fn one_kernel_attends(n: usize, max_splits: usize) -> bool {
+    n <= NEW_TOKENS && max_splits <= NEW_SPLITS
+}
+
 /// Rows of the activations of experts, and tiles, in a step of `n` tokens.
 pub(super) fn expert_rows(n: usize, (n_experts, n_used): (usize, usize)) -> (usize, usize) {
     match expert_tile(n, (n_experts, n_used)) {
@@ -115,6 +125,8 @@ pub(super) struct WorkSizes {
     pub(super) partial: usize,
     /// f32: splits of attention.
     pub(super) attention: usize,
+    /// u32: tickets of attention.
+    pub(super) tickets: usize,
     /// f32: gate and up where they are not one matrix.
     pub(super) gates: usize,
     /// f32: router logits.
@@ -150,6 +162,7 @@ impl WorkSizes {
                 attention::rows_of_one_token(heads),
                 shape.n_ctx.div_ceil(SPLIT),
             ),
+            tickets: t.min(NEW_TOKENS) * items_per_token(heads) * heads.n_kv_heads,
             inputs: StepSizes::largest(shape).len(),
             ..Self::default()
         };
@@ -179,6 +192,7 @@ impl WorkSizes {
             self.qkv,
             self.partial,
             self.attention,
+            self.tickets,
             self.gates,
             self.gates,
             self.scores,

@@ -38,6 +38,8 @@ pub(super) struct Work {
     pub(super) qkv: Growing<f32>,
     pub(super) partial: Growing<f32>,
     pub(super) attention: Growing<f32>,
+    /// Zeros, and zeros again after each use.
+    pub(super) tickets: Growing<u32>,
     gate: Growing<f32>,
     up: Growing<f32>,
     pub(super) scores: Growing<f32>,
@@ -61,6 +63,7 @@ impl Work {
             qkv: Growing::new("queries, keys and values"),
             partial: Growing::new("sums of split products"),
             attention: Growing::new("splits of attention"),
+            tickets: Growing::new("tickets of attention"),
             gate: Growing::new("gate"),
             up: Growing::new("up"),
             scores: Growing::new("router logits"),
@@ -86,6 +89,7 @@ impl Work {
         take(&mut self.qkv, &arena, sizes.qkv)?;
         take(&mut self.partial, &arena, sizes.partial)?;
         take(&mut self.attention, &arena, sizes.attention)?;
+        take(&mut self.tickets, &arena, sizes.tickets)?;
         take(&mut self.gate, &arena, sizes.gates)?;
         take(&mut self.up, &arena, sizes.gates)?;
         take(&mut self.scores, &arena, sizes.scores)?;
