@@ -45,7 +45,7 @@ impl<'a> Piece<'a> {
             return Err(contract(format!("at most {} (host) and {} (device) elements", from.len(), to.len()), n));
         }
         let raw = RawPiece { from: from.device_ptr(), to: to.ptr(), n_words: (n * size_of::<T>() / 4) as u64 };
-        if !size_of::<T>().is_multiple_of(4) || raw.from % QUAD != 0 || raw.to % QUAD != 0 {
+        if !size_of::<T>().is_multiple_of(4) || !raw.from.is_multiple_of(QUAD) || !raw.to.is_multiple_of(QUAD) {
             let expected = "words, aligned to sixteen bytes".to_owned();
             return Err(contract(expected, format!("{} bytes at {:x} and {:x}", size_of::<T>(), raw.from, raw.to)));
         }

@@ -547,7 +547,8 @@ impl History {
     /// [`CudaError::Contract`]; a failed launch.
     pub fn write(&self, kernels: &Kernels, seen: &Pinned<u32>, first: usize, n: usize) -> Result<(), CudaError> {
         let pairs = first..first + 2 * n;
-        let Some(pairs) = seen.get(pairs).filter(|pairs| n > 0 && first % 2 == 0 && pairs.len() == 2 * n) else {
+        let Some(pairs) = seen.get(pairs).filter(|pairs| n > 0 && first.is_multiple_of(2) && pairs.len() == 2 * n)
+        else {
             return Err(contract(
                 "history",
                 format!("pairs within {} elements", seen.len()),
