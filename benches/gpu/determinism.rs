@@ -23,7 +23,7 @@ pub(crate) fn check(path: &Path, verdicts: &mut Verdicts) -> Result<(), Trouble>
     let model = Model::open(path)?;
     let name = name_of(path);
     let n_vocab = u32::try_from(model.spec.n_vocab)?;
-    // KV for fewer than all: some are preempted, and that changes nothing either.
+    // KV for a fifth of them at full length.
     let spec = model.worker(CONTEXT, 256, 48)?;
     let chunks = |max_batch_tokens| WorkerSpec { max_batch_tokens, ..spec.clone() };
     let mut runs: Vec<(&str, Found)> = Vec::new();
