@@ -11,6 +11,7 @@
 //! cargo bench --bench load -- abuse slow-loris          10,000 connections that never finish their headers
 //! cargo bench --bench load -- abuse stalled-readers     1,000 streams that nobody reads
 //! cargo bench --bench load -- abuse h2                  resets, floods and header bombs over HTTP/2
+//! cargo bench --bench load -- abuse absurd              requests beyond every bound
 //! cargo bench --bench load -- serve --port 7070         the embedded model behind the front, for other generators
 //! ```
 //!

@@ -151,11 +151,17 @@ pub(crate) async fn run(args: Args) -> Report {
     }
     let ratio = (quantile(attacked.clone(), 0.99) / quantile(calm.clone(), 0.99) * 1000.0).round() / 1000.0;
     let growth = ((most - before) * f64::from(1 << 20) / 1e6).round();
-    let musts = vec![
+    let mut musts = vec![
         Must::at_most("times the quiet p99 time to first token", 1.2, ratio),
         Must::at_most("MB that the house's memory grew by", 200.0, growth),
         Must::at_most("good requests that failed", 0.0, n_failed as f64),
     ];
+    if let Kind::Absurd = args.kind {
+        let is_other = |status: &str| !status.starts_with('4');
+        let statuses = told.iter().filter_map(|told| told["cut_by_status"].as_object()).flatten();
+        let others: u64 = statuses.filter(|(status, _)| is_other(status)).filter_map(|(_, n)| n.as_u64()).sum();
+        musts.push(Must::at_most("bad requests that were not refused with a 4xx", 0.0, others as f64));
+    }
     let figures = json!({
         "kind": args.kind.name(), "connections": connections, "places": places, "good_per_second": rate,
         "quiet_ttft_ms": quantiles(calm), "attacked_ttft_ms": quantiles(attacked),

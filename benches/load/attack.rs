@@ -19,6 +19,8 @@ pub(crate) enum Kind {
     StalledReaders,
     /// Resets, floods and header bombs over HTTP/2.
     H2,
+    /// Ask for what nobody may have.
+    Absurd,
 }
 
 impl Kind {
@@ -27,12 +29,13 @@ impl Kind {
         self.to_possible_value().expect("no kind is hidden").get_name().to_owned()
     }
 
-    /// How many there are to be at a time.
+    /// How many there are to be at a time, or a second where each is cut at once.
     pub(crate) fn connections(self) -> u32 {
         match self {
             Self::SlowLoris => 10_000,
             Self::StalledReaders => 1000,
             Self::H2 => 50,
+            Self::Absurd => 200,
         }
     }
 
@@ -52,7 +55,7 @@ impl Kind {
     pub(crate) fn step_us(self) -> u64 {
         match self {
             Self::StalledReaders => 10_000,
-            Self::SlowLoris | Self::H2 => 0,
+            Self::SlowLoris | Self::H2 | Self::Absurd => 0,
         }
     }
 }
@@ -111,10 +114,15 @@ pub(crate) async fn run(args: Args) {
             tokio::select! { () = flood(to, n, &mut seen) => {}, _ = stop => {} }
             0
         }
+        Kind::Absurd => {
+            println!("ready");
+            tokio::select! { () = absurd(to, n, &mut seen) => {}, _ = stop => {} }
+            0
+        }
     };
     println!(
         "{}",
-        json!({ "open_at_the_end": open, "opened": seen.opened, "refused": seen.failed, "cut_by_status": seen.cut })
+        json!({ "open_at_the_end": open, "opened": seen.opened, "unconnected": seen.failed, "cut_by_status": seen.cut })
     );
     std::process::exit(0);
 }
@@ -241,6 +249,68 @@ async fn flood(to: SocketAddr, n: usize, seen: &mut Seen) {
             if tokio::time::timeout(Duration::from_secs(1), attack).await.is_ok() {
                 let _ = cut.send(0);
             }
+        });
+    }
+}
+
+/// Requests whose parameters, names or sizes are beyond every bound.
+fn absurd_bodies() -> Vec<String> {
+    let with = |name: &str, value: serde_json::Value| {
+        let mut body = json!({ "model": "basho", "prompt": "a", "max_tokens": 1 });
+        body[name] = value;
+        body.to_string()
+    };
+    let bias: serde_json::Map<String, serde_json::Value> = (0..50_000).map(|id| (id.to_string(), json!(1))).collect();
+    let deep = 50_000;
+    vec![
+        with("n", json!(1_000_000_000)),
+        with("max_tokens", json!(-1)),
+        with("temperature", json!(1e300)),
+        with("top_p", json!("all of it")),
+        with("logprobs", json!(1_000_000)),
+        with("stop", json!(vec!["a"; 50_000])),
+        with("logit_bias", json!(bias)),
+        with("seed", json!({ "a": 1 })),
+        with("prompt", json!(vec![u64::MAX; 1000])),
+        with("model", json!("../../../etc/passwd")),
+        with("prompt", json!("a".repeat(3 << 20))),
+        with(
+            "response_format",
+            json!({ "type": "json_schema", "json_schema": { "name": "a", "schema": { "enum": vec!["a"; 50_000] } } }),
+        ),
+        format!("{{\"model\": \"basho\", \"prompt\": {}{}}}", "[".repeat(deep), "]".repeat(deep)),
+        "{".to_owned(),
+    ]
+}
+
+/// Each absurdity in turn, `n` a second.
+async fn absurd(to: SocketAddr, n: usize, seen: &mut Seen) {
+    let head = |body: &String| {
+        let length = body.len();
+        format!(
+            "POST /v1/completions HTTP/1.1\r\nhost: {to}\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+        )
+    };
+    let requests: Vec<String> = absurd_bodies().iter().map(head).collect();
+    let mut ticks = tokio::time::interval(Duration::from_secs_f64(1.0 / n as f64));
+    let (answered, mut answers) = tokio::sync::mpsc::unbounded_channel();
+    for request in requests.iter().cycle() {
+        ticks.tick().await;
+        while let Ok(status) = answers.try_recv() {
+            *seen.cut.entry(status).or_default() += 1;
+        }
+        let Ok(mut socket) = connect(to).await else {
+            seen.failed += 1;
+            continue;
+        };
+        seen.opened += 1;
+        let (request, answered) = (request.clone(), answered.clone());
+        tokio::spawn(async move {
+            // What is too large is refused before it was sent.
+            let _ = socket.write_all(request.as_bytes()).await;
+            let mut answer = [0; 64];
+            let n = socket.read(&mut answer).await.unwrap_or(0);
+            let _ = answered.send(status_of(&answer[..n]).unwrap_or(0));
         });
     }
 }
