@@ -46,8 +46,9 @@ pub fn embed(
         .with(row_bytes as u64)
         .with(table.n_cols as i32)
         .with(scale);
-    let mut launch = Launch::new((n as u32, table.n_cols.div_ceil(1024) as u32, 1), (64, 1, 1));
-    launch.overlap = true;
+    // The first kernel of a step starts when what brings the step's inputs has ended: those after it read items, block tables and the
+    // cache of earlier steps before they wait for their predecessor.
+    let launch = Launch::new((n as u32, table.n_cols.div_ceil(1024) as u32, 1), (64, 1, 1));
     // SAFETY: the arguments are the kernel's parameters in order; the checks above held the buffers against the shapes, and
     // tokens are validated where the batch is made.
     unsafe { kernels.get("embed", name(table.format), 0)?.launch(kernels.gpu(), launch, args) }
