@@ -11,7 +11,7 @@ set -uo pipefail
 BIN=$(cd "${BIN:-$(dirname "$0")}" && pwd)
 OUT=${OUT:-$PWD/gpu-out}
 WORK=${WORK:-${TMPDIR:-/tmp}/playhouse-gpu}
-mkdir -p "$OUT" "$WORK"
+mkdir -p "$OUT" "$WORK" || exit 2
 OUT=$(cd "$OUT" && pwd)
 LOG=$OUT/log.txt
 ALL="tests sanitizer synth parity determinism memory start bench table"
