@@ -187,7 +187,9 @@ proptest! {
             }
             prop_assert_eq!(&found.tokens, &expected.tokens, "{:?}", request);
             prop_assert_eq!(found.bits(), expected.bits(), "{:?}", request);
-            prop_assert_eq!(&found.embedding, &expected.embedding);
+            // Bits, because the fake's fault makes a NaN of an embedding, too.
+            let bits = |told: &Told| told.embedding.as_ref().map(|values| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
+            prop_assert_eq!(bits(found), bits(&expected));
             let end = |told: &Told| told.end.clone().map(|end| end.map(|(reason, usage)| (reason, usage.completion_tokens)));
             prop_assert_eq!(end(found), end(&expected), "{:?}", request);
         }
