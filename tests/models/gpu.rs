@@ -134,7 +134,7 @@ fn logits_are_those_of_the_cpu() {
         let file = checkpoint(name);
         for prompt in &golden(name).prompts {
             let Some(found) = compare(name, &file, prompt) else { return };
-            assert!(found < 1e-3, "{name}: {found:?}");
+            assert!(found < divergence_allowed(name), "{name}: {found:?}");
         }
     }
 }
@@ -156,8 +156,16 @@ fn quantised_logits_are_those_of_the_cpu() {
     }
 }
 
-/// A gap of logits that rounding to f16 may turn round: it moves each of the two by up to about 0.02.
-const TIE: f32 = 0.05;
+/// A gap of logits that rounding to f16 may turn round: it moves each of the two by up to about 0.02, those of the tiny GPT-OSS, whose
+/// experts add up rows of greater numbers, by up to 0.05 (measured on an H200, as were the divergences).
+fn tie(name: &str) -> f32 {
+    if name.starts_with("gpt-oss") { 0.1 } else { 0.05 }
+}
+
+/// The worst divergence of a position in files of F16 and F32.
+fn divergence_allowed(name: &str) -> f64 {
+    if name.starts_with("gpt-oss") { 3e-3 } else { 1e-3 }
+}
 
 /// Along the answers of transformers, each token is the best on the CPU and on the GPU; or the two best are closer than a tie;
 /// or an earlier token went to another expert, which [`Pair::check_routes`] allows only where its scores tie. What a recorded step
@@ -182,11 +190,11 @@ fn greedy_answers_are_those_of_the_cpu() {
                 let best = argmax(&on_gpu);
                 // The CPU, with the same experts, finds the same token, or one that is as good.
                 let gap = on_cpu[argmax(&on_cpu) as usize] - on_cpu[best as usize];
-                assert!(gap <= TIE, "{place}: the CPU has another token {gap} above {best}");
+                assert!(gap <= tie(name), "{place}: the CPU has another token {gap} above {best}");
                 // And so did transformers, with experts of their own.
                 let gap = on_gpu[best as usize] - on_gpu[expected as usize];
                 let has_parted = pair.on_cpu.backend().route_difference().n_flips > 0;
-                assert!(gap <= TIE || has_parted, "{place}: {best} beats {expected} by {gap}");
+                assert!(gap <= tie(name) || has_parted, "{place}: {best} beats {expected} by {gap}");
                 n_tokens += 1;
                 n_ties += usize::from(best != argmax(&on_cpu));
                 next = vec![expected];
