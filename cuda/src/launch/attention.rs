@@ -165,10 +165,10 @@ struct AttentionArgs {
     partial_rows: i32,
 }
 
-/// Mirrors `NewTokenArgs` of `attention_new.cuh`.
+/// Mirrors `StepArgs` of `attention_step.cuh`.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub(super) struct NewTokenArgs {
+pub(super) struct StepArgs {
     attention: AttentionArgs,
     qkv: u64,
     table: u64,
@@ -259,7 +259,7 @@ impl Attention<'_> {
     ///
     /// # Errors
     /// [`CudaError::Contract`]; a failed launch.
-    pub fn decode_new(
+    pub fn decode_step(
         &self,
         kernels: &Kernels,
         rope: (&RopeKv<'_>, usize),
@@ -267,24 +267,24 @@ impl Attention<'_> {
         partial: &Buffer<f32>,
         tickets: &Buffer<u32>,
     ) -> Result<(), CudaError> {
-        let args = self.new_token_args(rope, decode, partial, tickets)?;
+        let args = self.step_args(rope, decode, partial, tickets)?;
         // Scores, the new key and value, the largest scores. Mirrors `UnitShared`.
         let shared = 2 * self.stage_bytes() + 8192 + 1024 + 512;
         let n_units = decode.n_items * self.heads.n_kv_heads * decode.max_splits;
         let launch = Launch { grid: (n_units as u32, 1, 1), block: (256, 1, 1), shared_bytes: shared, overlap: true };
-        let kernel = kernels.get("attention_new", new_name(self.kv.format, self.heads.head_dim), shared)?;
-        // SAFETY: NewTokenArgs mirrors the kernel's parameter; it was held against the buffers when it was made.
+        let kernel = kernels.get("attention_step", step_name(self.kv.format, self.heads.head_dim), shared)?;
+        // SAFETY: StepArgs mirrors the kernel's parameter; it was held against the buffers when it was made.
         unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args)) }
     }
 
     /// Arguments of attention with rotation, held against their buffers.
-    pub(super) fn new_token_args(
+    pub(super) fn step_args(
         &self,
         (rope, n): (&RopeKv<'_>, usize),
         decode: &DecodeItems<'_>,
         partial: &Buffer<f32>,
         tickets: &Buffer<u32>,
-    ) -> Result<NewTokenArgs, CudaError> {
+    ) -> Result<StepArgs, CudaError> {
         self.check_decode(decode, partial)?;
         rope.check(n)?;
         let layer = |kv: &KvLayer, heads: Heads| (kv.k.ptr(), kv.v.ptr(), kv.format, heads);
@@ -297,7 +297,7 @@ impl Attention<'_> {
             return Err(contract("tickets", n_tickets, tickets.len()));
         }
         let rope = rope.args();
-        Ok(NewTokenArgs {
+        Ok(StepArgs {
             attention: self.args(decode.items, partial.ptr(), decode.rows, decode.max_splits),
             qkv: rope.qkv,
             table: rope.table,
@@ -433,10 +433,10 @@ fn decode_names(format: KvFormat, head_dim: usize) -> (&'static str, &'static st
     names!(format, head_dim, name)
 }
 
-fn new_name(format: KvFormat, head_dim: usize) -> &'static str {
+fn step_name(format: KvFormat, head_dim: usize) -> &'static str {
     macro_rules! name {
         ($format:literal, $dim:literal) => {
-            concat!("attention_new_", $format, $dim)
+            concat!("attention_step_", $format, $dim)
         };
     }
     names!(format, head_dim, name)

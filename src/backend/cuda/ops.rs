@@ -117,7 +117,7 @@ impl CudaBackend {
         if let Some(rotation) = self.rotation.take() {
             let rope = rotation.op(heads, &inputs.positions, &inputs.slots, &kv);
             let tickets = self.work.tickets.get(&self.work.arena, n_items * heads.n_kv_heads)?;
-            return attention.decode_new(&self.kernels, (&rope, inputs.n_tokens), &decode, &partial, &tickets);
+            return attention.decode_step(&self.kernels, (&rope, inputs.n_tokens), &decode, &partial, &tickets);
         }
         if inputs.n_prefill_items > 0 {
             attention.prefill(&self.kernels, &inputs.prefill_items, inputs.n_prefill_items)?;

@@ -94,13 +94,13 @@ pub(super) fn expert_tile(n: usize, (n_experts, n_used): (usize, usize)) -> Opti
 }
 
 /// Most tokens of a step whose rotation, attention and merge are one kernel.
-const NEW_TOKENS: usize = 8;
+const STEP_TOKENS: usize = 8;
 /// Most splits that one block merges there; of more, many blocks merge a part each.
-const NEW_SPLITS: usize = 8;
+const STEP_SPLITS: usize = 8;
 
 /// Whether a step of `n` tokens of a sequence each, which see up to `max_splits` splits, rotates, attends and merges in one kernel.
 pub(super) fn one_kernel_attends(n: usize, max_splits: usize) -> bool {
-    n <= NEW_TOKENS && max_splits <= NEW_SPLITS
+    n <= STEP_TOKENS && max_splits <= STEP_SPLITS
 }
 
 /// Rows of the activations of experts, and tiles, in a step of `n` tokens.
@@ -162,7 +162,7 @@ impl WorkSizes {
                 attention::rows_of_one_token(heads),
                 shape.n_ctx.div_ceil(SPLIT),
             ),
-            tickets: t.min(NEW_TOKENS) * items_per_token(heads) * heads.n_kv_heads,
+            tickets: t.min(STEP_TOKENS) * items_per_token(heads) * heads.n_kv_heads,
             inputs: StepSizes::largest(shape).len(),
             ..Self::default()
         };

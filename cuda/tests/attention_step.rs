@@ -139,7 +139,7 @@ impl Scene {
             let tickets = bench.zeros::<u32>(n_items * n_kv_heads);
             // Twice: the tickets must be as new, and what the first has written changes nothing.
             for _ in 0..2 {
-                attention.decode_new(&bench.kernels, (&rope, n), &items, &partial, &tickets).expect("launches");
+                attention.decode_step(&bench.kernels, (&rope, n), &items, &partial, &tickets).expect("launches");
             }
             assert!(download(&tickets).iter().all(|ticket| *ticket == 0));
         } else {
@@ -228,7 +228,7 @@ fn misuse_is_an_error() {
     let partial = bench.zeros::<f32>(decode_partial_len(heads, 400, 2, 1));
     let tickets = bench.zeros::<u32>(4);
     let run = |rope: &RopeKv<'_>, n: usize, n_items: usize, partial: &Buffer<f32>, tickets: &Buffer<u32>| {
-        attention.decode_new(&bench.kernels, (rope, n), &decode(n_items), partial, tickets)
+        attention.decode_step(&bench.kernels, (rope, n), &decode(n_items), partial, tickets)
     };
     wrong(run(&rope, 2, 2, &partial, &tickets), "one layer");
     rope.kv = &layer;

@@ -7,8 +7,8 @@
 #include "rope.cuh"
 
 // Attention of items of one token each, with the rotation of their queries and keys and the writing of keys and values. Mirrored by
-// `NewTokenArgs` in launch/attention.rs.
-struct NewTokenArgs : AttentionArgs { // its q is unused
+// `StepArgs` in launch/attention.rs.
+struct StepArgs : AttentionArgs { // its q is unused
     const float *qkv, *table, *q_norm, *k_norm; // as RopeKvArgs
     const unsigned *slots;
     unsigned *tickets; // [n_items][kv head], zero between launches
@@ -30,7 +30,7 @@ struct Unit {
     int first_split, last_split;
     bool active;
 
-    DEVICE Unit(const NewTokenArgs &args, int unit) {
+    DEVICE Unit(const StepArgs &args, int unit) {
         split = unit % args.max_splits, kv_head = unit / args.max_splits % args.n_kv_heads, at = unit / args.max_splits / args.n_kv_heads;
         item = args.items[at];
         int all_first, all_end;
@@ -87,7 +87,7 @@ template <class KV, int HS> struct UnitShared {
 
 // The item's queries, and the new key and value if this is their split: one head a warp at a time.
 template <class KV, int HS>
-DEVICE void rotate_unit(const NewTokenArgs &args, const Unit &unit, const UnitShared<KV, HS> &own, const Angles &angles, int warp, int lane) {
+DEVICE void rotate_unit(const StepArgs &args, const Unit &unit, const UnitShared<KV, HS> &own, const Angles &angles, int warp, int lane) {
     const int group = args.n_heads / args.n_kv_heads, token = unit.item.first_token;
     const float *qkv = args.qkv + static_cast<size_t>(token) * args.qkv_stride;
     const int n_rows = min(unit.item.n_rows - unit.item.first_row, 16);
@@ -130,7 +130,7 @@ template <class KV, int HS> DEVICE void take_tops(const UnitShared<KV, HS> &own,
 }
 
 // Scores of the unit's tiles, scaled and masked, as the fragments that lanes hold, to shared memory; and the rows' largest of each part.
-template <class KV, int HS> DEVICE void score_unit(const NewTokenArgs &args, const Unit &unit, const UnitShared<KV, HS> &own, int warp, int lane) {
+template <class KV, int HS> DEVICE void score_unit(const StepArgs &args, const Unit &unit, const UnitShared<KV, HS> &own, int warp, int lane) {
     constexpr int N = UnitShared<KV, HS>::EIGHTS, PER_TILE = KV_TILE / 8 / N;
     uint32_t q[HS / 16][4];
 #pragma unroll
@@ -175,14 +175,14 @@ template <class KV, int HS> DEVICE void weigh_unit(const Unit &unit, const UnitS
 }
 
 // The output of one cell from its merged sum.
-DEVICE void finish_cell(const NewTokenArgs &args, const AttentionItem &item, int kv_head, int row, int d, int hs, float o, float m, float l) {
+DEVICE void finish_cell(const StepArgs &args, const AttentionItem &item, int kv_head, int row, int d, int hs, float o, float m, float l) {
     const int group = args.n_heads / args.n_kv_heads, head = kv_head * group + (item.first_row + row) % group;
     half *out = args.out + static_cast<size_t>(item.first_token) * args.out_stride + head * hs;
     out[d] = to_half(o * finish_factor(m, l, args.sinks, head));
 }
 
 // A warp's 16 elements of the values: written where there is one split, else kept for the merge.
-template <class KV, int HS> DEVICE void sum_unit(const NewTokenArgs &args, const Unit &unit, const UnitShared<KV, HS> &own, float *partial, int warp, int lane) {
+template <class KV, int HS> DEVICE void sum_unit(const StepArgs &args, const Unit &unit, const UnitShared<KV, HS> &own, float *partial, int warp, int lane) {
     float m[2] = {-CUDART_INF_F, -CUDART_INF_F}, l[2] = {}, o[2][4] = {};
     for (int tile = 0; tile < unit.end - unit.first; tile++) {
         const float before[2] = {m[0], m[1]};
@@ -231,7 +231,7 @@ template <class KV, int HS> DEVICE void sum_unit(const NewTokenArgs &args, const
 }
 
 // Merges the splits of an item and kv head, as attention_merge does.
-template <int HS> DEVICE void merge_unit(const NewTokenArgs &args, const Unit &unit, const float *partial, int thread) {
+template <int HS> DEVICE void merge_unit(const StepArgs &args, const Unit &unit, const float *partial, int thread) {
     constexpr int AHEAD = 8; // splits that are loaded at once
     const int n_cells = min(unit.item.n_rows - unit.item.first_row, 16) * HS;
     for (int cell = thread; cell < n_cells; cell += UNIT_THREADS) {
@@ -260,7 +260,7 @@ template <int HS> DEVICE void merge_unit(const NewTokenArgs &args, const Unit &u
 }
 
 // Asks for what earlier steps wrote of a unit: its keys and values.
-template <class KV, int HS> DEVICE void fetch_unit(const NewTokenArgs &args, const Unit &unit, const UnitShared<KV, HS> &own) {
+template <class KV, int HS> DEVICE void fetch_unit(const StepArgs &args, const Unit &unit, const UnitShared<KV, HS> &own) {
     for (int tile = unit.first; tile < unit.end; tile++) {
         KV::template copy<HS, UNIT_THREADS>(shared_address(own.stages) + (tile - unit.first) * KV::template STAGE<HS>, args,
                                             args.tables + unit.item.table, tile, unit.high, unit.kv_head);
@@ -269,7 +269,7 @@ template <class KV, int HS> DEVICE void fetch_unit(const NewTokenArgs &args, con
 }
 
 // An active unit, once q, k and v are there. Ends with its shared memory free to use.
-template <class KV, int HS> DEVICE void attend_unit(const NewTokenArgs &args, const Unit &unit, const UnitShared<KV, HS> &own, const Angles &angles) {
+template <class KV, int HS> DEVICE void attend_unit(const StepArgs &args, const Unit &unit, const UnitShared<KV, HS> &own, const Angles &angles) {
     __shared__ bool is_last;
     const int thread = threadIdx.x, warp = thread / WARP, lane = thread % WARP;
     rotate_unit<KV, HS>(args, unit, own, angles, warp, lane);
