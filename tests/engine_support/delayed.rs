@@ -20,6 +20,8 @@ pub(crate) struct Delayed {
     pub(crate) leaves_logprobs: bool,
     n_begun: u64,
     is_lost: bool,
+    /// Steps under way that build on one that failed: they write what they like, and choose nothing.
+    n_doomed: usize,
     under_way: VecDeque<(Batch, Vec<Row>)>,
     chosen: Vec<u32>,
     histories: HashMap<u32, BTreeMap<u32, u32>>,
@@ -75,6 +77,7 @@ impl Delayed {
             leaves_logprobs: false,
             n_begun: 0,
             is_lost: false,
+            n_doomed: 0,
             under_way: VecDeque::new(),
             chosen: vec![],
             histories: HashMap::new(),
@@ -181,7 +184,14 @@ impl StepModel for Delayed {
         let mut logits = Vec::new();
         let result = self.fake.run(&batch, &mut logits);
         self.is_lost = matches!(result, Err(BackendError::Device { .. }));
-        result?;
+        if self.n_doomed > 0 {
+            self.n_doomed -= 1;
+            return Ok(vec![Sampled::NothingToChoose; rows.len()]);
+        }
+        if let Err(error) = result {
+            self.n_doomed = self.under_way.len();
+            return Err(error);
+        }
         let n_vocab = self.fake.n_vocab;
         let sampled: Vec<Sampled> =
             rows.iter().zip(logits.chunks_mut(n_vocab)).map(|(row, logits)| self.choose(row, logits)).collect();

@@ -56,6 +56,9 @@ pub struct RowOptions<'a> {
     pub n_logprobs: Option<u32>,
 }
 
+/// A slot in which a device counts a sequence's tokens, and what is to be written there before: see [`Penalties`].
+pub type HistorySlot<'a> = (u32, Option<&'a [(u32, u32)]>);
+
 /// A chosen token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Chosen {
@@ -117,7 +120,7 @@ impl Sampler {
         &'a self,
         index: u32,
         options: RowOptions<'a>,
-        history: Option<(u32, Option<&'a [(u32, u32)]>)>,
+        history: Option<HistorySlot<'a>>,
     ) -> SampleRow<'a> {
         let SamplingParams { temperature, top_k, top_p, min_p, seed, choice, .. } = self.params;
         let penalties = self.is_penalised().then(|| {
