@@ -12,7 +12,10 @@ use serde::de::DeserializeOwned;
 /// A request's body, read as `T`.
 pub(super) struct Json<T>(pub(super) T);
 
-impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
+/// What is longer is parsed aside: megabytes take milliseconds, in which the streams of the same thread would stand still.
+const AT_ONCE_BYTES: usize = 64 << 10;
+
+impl<T: DeserializeOwned + Send + 'static> FromRequest<App> for Json<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
@@ -21,7 +24,11 @@ impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
             return Err(ApiError::bad(None, "compressed bodies are not taken"));
         }
         let bytes = read(app, request.into_body()).await?;
-        parse(&bytes).map(Json)
+        if bytes.len() <= AT_ONCE_BYTES {
+            return parse(&bytes).map(Json);
+        }
+        let parsed = tokio::task::spawn_blocking(move || parse(&bytes)).await;
+        parsed.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic())).map(Json)
     }
 }
 
