@@ -251,7 +251,10 @@ impl Ticket {
     pub fn conclude(mut self, terminal: Terminal) {
         let Some(open) = self.open.take() else { return };
         self.home.concluded(open.entry.id(), &terminal);
-        open.stream.finish(terminal);
+        let Open { stream, trace, .. } = *open;
+        // Its last span ends before the client learns it: what the client traces lies around it.
+        drop(trace);
+        stream.finish(terminal);
     }
 
     /// Ends the request after its last token was delivered. A slow client gets `patience` for each token.

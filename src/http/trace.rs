@@ -46,12 +46,19 @@ pub(super) fn carry(span: Span, body: Body) -> Body {
     if span.is_disabled() {
         return body;
     }
-    Body::new(Spanned { body, _span: span })
+    Body::new(Spanned { body, span })
 }
 
 struct Spanned {
     body: Body,
-    _span: Span,
+    span: Span,
+}
+
+impl Drop for Spanned {
+    fn drop(&mut self) {
+        // Exporters take the last time that a span was left for its end; otherwise that would be the answer's headers.
+        drop(self.span.enter());
+    }
 }
 
 impl hyper::body::Body for Spanned {
