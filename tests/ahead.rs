@@ -40,12 +40,14 @@ impl Constrain for ToyText {
             return Err(RequestError::OutOfMemory("the toy's limit".into()));
         }
         let mut mask = TokenMask::none(n_vocab);
-        (0..n_vocab as u32).filter(|token| mix(self.state, *token) % 3 > 0).for_each(|token| mask.allow(token));
+        (0..n_vocab as u32)
+            .filter(|token| !mix(self.state, *token).is_multiple_of(3))
+            .for_each(|token| mask.allow(token));
         Ok(mask)
     }
 
     fn push(&mut self, token: u32) -> Result<(), RequestError> {
-        assert!(mix(self.state, token) % 3 > 0, "{token} was not allowed");
+        assert!(!mix(self.state, token).is_multiple_of(3), "{token} was not allowed");
         (self.state, self.left) = (mix(self.state, token), self.left - 1);
         Ok(())
     }
