@@ -21,13 +21,21 @@ struct FeedArgs {
     unsigned long long n_tokens;
 };
 
+// Waits, and lets no successor start before this kernel has ended: kernels of the step read items, tables and keys of earlier steps before
+// they wait themselves, and they may start as soon as their own predecessor has. All of that must be there when the first of them starts.
+DEVICE void wait_for_predecessor_alone() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 extern "C" __global__ void __launch_bounds__(256) feed(const __grid_constant__ FeedArgs args) {
     const Piece &piece = args.pieces[blockIdx.y];
     const unsigned n_quads = static_cast<unsigned>((piece.n_words + 3) / 4), stride = gridDim.x * 256;
     const unsigned first = blockIdx.x * 256 + threadIdx.x, n_tokens = blockIdx.y == 0 ? static_cast<unsigned>(args.n_tokens) : 0;
     // The host wrote it before the launch: nothing that runs now changes it.
     uint4 quad = first < n_quads ? __ldcv(piece.from + first) : make_uint4(0, 0, 0, 0);
-    wait_for_predecessor();
+    wait_for_predecessor_alone();
     for (unsigned i = first; i < n_quads; i += stride) {
         if (i != first) quad = __ldcv(piece.from + i);
         auto token = [&](unsigned word, unsigned value) {
@@ -35,4 +43,5 @@ extern "C" __global__ void __launch_bounds__(256) feed(const __grid_constant__ F
         };
         piece.to[i] = make_uint4(token(4 * i, quad.x), token(4 * i + 1, quad.y), token(4 * i + 2, quad.z), token(4 * i + 3, quad.w));
     }
+    __threadfence(); // those who read before they wait must see it, too
 }
