@@ -31,12 +31,15 @@ pub(crate) struct Delayed {
     pub(crate) most: usize,
 }
 
+/// Ids with how often they are in the output.
+type Seen = Vec<(u32, u32)>;
+
 /// A [`SampleRow`] that owns what it points to.
 #[derive(Debug, Clone)]
 struct Row {
     params: SamplingParams,
     index: u32,
-    history: Option<(u32, Option<Vec<(u32, u32)>>)>,
+    history: Option<(u32, Option<Seen>)>,
     mask: Option<Vec<u64>>,
     forbidden: Vec<u32>,
     n_logprobs: Option<u32>,
