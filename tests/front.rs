@@ -235,7 +235,10 @@ fn a_file_says_keys_certificate_names_origins_and_limits() {
     assert_eq!(ask_curl("$URL/v1/models"), "401");
     assert_eq!(ask_curl("$URL/v1/models -H 'authorization: Bearer sk-moon'"), "200");
     let load = r#"$URL/models/load -d '{"model": "basho"}'"#;
-    assert_eq!(ask_curl(&format!("{load} -H 'x-api-key: sk-moon'")), "403");
+    // Over HTTP/2: a refusal that comes before the body was read is seen all the same, every time.
+    for _ in 0..20 {
+        assert_eq!(ask_curl(&format!("--http2 {load} -H 'x-api-key: sk-moon'")), "403");
+    }
     assert_eq!(ask_curl(&format!("{load} -H 'x-api-key: sk-admin'")), "200");
     // The socket's file says who may come; whoever can needs no key.
     let socket = served.path("http.sock");

@@ -5,15 +5,15 @@ use super::error::ApiError;
 use super::keys::KeyId;
 use super::server::Peer;
 use super::{App, id, trace};
-use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt;
+use http_body_util::BodyExt;
 use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tracing::Instrument;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -46,7 +46,7 @@ pub(super) async fn outermost(State(app): State<App>, request: Request, next: Ne
     let span = trace::span(id.to_str().unwrap_or_default(), &method, &path, request.headers());
     let mut response = async {
         match check_origin(&app, request.headers(), request.uri()) {
-            Err(error) => error.into_response(),
+            Err(error) => refuse(request, error).await,
             Ok(()) => match AssertUnwindSafe(next.run(request)).catch_unwind().await {
                 Ok(response) => response,
                 Err(_) => ApiError::internal(&"an endpoint panicked").into_response(),
@@ -135,14 +135,39 @@ pub(super) async fn check_key(
         Access::Key if keys.users.is_empty() || admin.or(user).is_some() => {}
         Access::Admin if admin.is_some() => {}
         Access::Admin if user.is_some() || keys.admins.is_empty() => {
-            return ApiError::forbidden("this needs an admin key, or the admin socket").into_response();
+            return refuse(request, ApiError::forbidden("this needs an admin key, or the admin socket")).await;
         }
-        _ => return ApiError::unauthenticated().into_response(),
+        _ => return refuse(request, ApiError::unauthenticated()).await,
     }
     if let Some(user) = user.filter(|_| admin.is_none()) {
         request.extensions_mut().insert(Shown(user));
     }
     next.run(request).await
+}
+
+/// Bytes of a refused body that are taken in.
+const UNREAD_MAX: usize = 64 << 10;
+/// For taking them in.
+const UNREAD_PATIENCE: Duration = Duration::from_millis(250);
+
+/// Answers a request whose body nobody read. Over HTTP/2 the rest of such a request is reset, and some clients (curl 7.88
+/// is one) take that for the end of everything and never show the answer; so a small body is taken in, and thrown away.
+async fn refuse(request: Request, error: ApiError) -> Response {
+    if request.version() == Version::HTTP_2 {
+        let mut body = request.into_body();
+        let rest = async {
+            let mut n_bytes = 0;
+            while let Some(Ok(frame)) = body.frame().await {
+                n_bytes += frame.data_ref().map_or(0, bytes::Bytes::len);
+                if n_bytes > UNREAD_MAX {
+                    return;
+                }
+            }
+        };
+        // Who sends slowly, or much, is answered all the same.
+        let _ = tokio::time::timeout(UNREAD_PATIENCE, rest).await;
+    }
+    error.into_response()
 }
 
 fn shown_key(headers: &HeaderMap) -> Option<&[u8]> {
@@ -155,13 +180,15 @@ fn shown_key(headers: &HeaderMap) -> Option<&[u8]> {
 }
 
 /// The answer to addresses that are none.
-pub(super) async fn no_such_page(uri: Uri) -> ApiError {
-    ApiError::no_such_page(uri.path())
+pub(super) async fn no_such_page(request: Request) -> Response {
+    let error = ApiError::no_such_page(request.uri().path());
+    refuse(request, error).await
 }
 
 /// The answer to methods that an endpoint does not take.
-pub(super) async fn wrong_method(request: axum::http::Request<Body>) -> ApiError {
-    ApiError::wrong_method(request.method().as_str(), request.uri().path())
+pub(super) async fn wrong_method(request: Request) -> Response {
+    let error = ApiError::wrong_method(request.method().as_str(), request.uri().path());
+    refuse(request, error).await
 }
 
 #[cfg(test)]
