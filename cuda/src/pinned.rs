@@ -23,7 +23,8 @@ impl<T: Element> Pinned<T> {
     /// # Errors
     /// A failed driver call, such as no memory to lock.
     pub fn new(gpu: &Gpu, len: usize) -> Result<Pinned<T>, CudaError> {
-        let bytes = (len * size_of::<T>()).max(1);
+        // Whole quads of words, as kernels read it.
+        let bytes = (len * size_of::<T>()).max(1).next_multiple_of(16);
         let mut ptr = std::ptr::null_mut();
         // SAFETY: a context is current; a pointer is written.
         let result = unsafe { sys::cuMemHostAlloc(&mut ptr, bytes, sys::CU_MEMHOSTALLOC_PORTABLE) };
