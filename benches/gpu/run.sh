@@ -18,7 +18,7 @@ ALL="tests sanitizer synth parity determinism memory start bench table"
 QUICK="qwen2.5-0.5b-F16 qwen2.5-0.5b-Q8_0 qwen2.5-0.5b-Q4_K_M phi-3-mini-Q4_K_M llama-3-8b-Q4_K_M gpt-oss-20b-MXFP4"
 MODELS=${MODELS:-"$QUICK phi-3-mini-F16 llama-3-8b-F16"}
 ONE_OF_EACH=${ONE_OF_EACH:-"qwen2.5-0.5b-F16 phi-3-mini-Q4_K_M llama-3-8b-F16 llama-3-8b-Q4_K_M gpt-oss-20b-MXFP4"}
-CUDA_TESTS="attention embed feed gate loader matmul memory moe norm rope_kv sample"
+CUDA_TESTS="attention attention_step embed feed gate loader matmul memory moe norm rope_kv sample"
 RUNS=${RUNS:-5}
 
 say() { echo "$@" | tee -a "$LOG"; }
@@ -84,7 +84,7 @@ phase_sanitizer() {
   if ! command -v "$tool" > /dev/null; then say "FAIL sanitizer: $tool is not installed" && failed=1 && return; fi
   home_of_tests
   for kind in memcheck racecheck initcheck; do
-    for test in embed gate norm rope_kv moe attention sample matmul; do
+    for test in embed feed gate norm rope_kv moe attention attention_step sample matmul; do
       case $test in
         attention) only="an_unused_item neighbours_and_chunks" ;;
         sample) only="a_few_rows bad_rows a_place_without" ;;
@@ -99,7 +99,7 @@ phase_sanitizer() {
   done
   wait "${jobs[@]}"
   for kind in memcheck racecheck initcheck; do
-    for test in embed gate norm rope_kv moe attention sample matmul; do
+    for test in embed feed gate norm rope_kv moe attention attention_step sample matmul; do
       read -r rc seconds < "$OUT/${kind}_$test.rc"
       verdict "${kind}_$test" "$rc" "$seconds"
     done

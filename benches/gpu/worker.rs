@@ -135,7 +135,7 @@ impl Worker {
                 WorkerEvent::Step(events) if events.iter().any(|e| matches!(e, EngineEvent::Token { .. })) => {
                     return Ok(());
                 }
-                WorkerEvent::Heartbeat(_) | WorkerEvent::Step(_) => {}
+                WorkerEvent::Heartbeat(_) | WorkerEvent::Begun(_) | WorkerEvent::Step(_) => {}
                 other => return Err(format!("while a token is due: {other:?}").into()),
             }
         }
