@@ -154,7 +154,11 @@ impl Stage {
         let begun = Instant::now();
         loop {
             let mut buffer = [0; 4096];
-            let n_bytes = self.manager.recv(&mut buffer).unwrap_or_else(|error| panic!("no {name}: {error}"));
+            let n_bytes = match self.manager.recv(&mut buffer) {
+                // A signal, such as a child's end: with a timeout the call is not begun again by itself.
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                received => received.unwrap_or_else(|error| panic!("no {name}: {error}")),
+            };
             let text = String::from_utf8_lossy(&buffer[..n_bytes]).into_owned();
             let pairs = text.lines().filter_map(|line| line.split_once('='));
             let message: BTreeMap<String, String> = pairs.map(|(k, v)| (k.to_owned(), v.to_owned())).collect();

@@ -30,7 +30,13 @@ impl Manager {
     /// The next message as variables.
     fn message(&self) -> io::Result<BTreeMap<String, String>> {
         let mut buffer = [0; 4096];
-        let n_bytes = self.socket.recv(&mut buffer)?;
+        let n_bytes = loop {
+            match self.socket.recv(&mut buffer) {
+                // A signal: with a timeout the call is not begun again by itself.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                received => break received?,
+            }
+        };
         let text = std::str::from_utf8(&buffer[..n_bytes]).expect("text");
         let variable = |line: &str| line.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
         Ok(text.lines().map(|line| variable(line).expect("NAME=VALUE")).collect())
