@@ -179,7 +179,7 @@ impl Worker {
         while transcript.values().filter(|(_, end)| end.is_some()).count() < n {
             match self.next() {
                 Some(WorkerEvent::Step(events)) => note(&mut transcript, events),
-                Some(WorkerEvent::Heartbeat(_)) => {}
+                Some(WorkerEvent::Heartbeat(_) | WorkerEvent::Begun(_)) => {}
                 other => panic!("{other:?}"),
             }
         }
