@@ -258,15 +258,15 @@ impl CudaBackend {
         let n_sms = self.gpu.info().n_sms as usize;
         let usage = memory_use(shape, n_sms);
         let total = usage.weights + usage.kv + usage.scratch;
-        let (free, cap) = (self.gpu.free_bytes()?, self.cap.as_ref().map(Cap::left));
-        if total > cap.unwrap_or(u64::MAX).min(free) {
+        let on_device = self.gpu.free_bytes()?;
+        let free = on_device.min(self.cap.as_ref().map_or(u64::MAX, Cap::left));
+        if total > free {
             let device = self.gpu.uuid().to_owned();
-            let within = if cap.is_some_and(|cap| cap < free) { ", within its memory limit" } else { "" };
+            let within = if free < on_device { ", within its memory limit" } else { "" };
             let what = format!(
                 "the model ({} bytes of weights, {} of cache, {} of work space{within})",
                 usage.weights, usage.kv, usage.scratch
             );
-            let free = cap.unwrap_or(u64::MAX).min(free);
             return Err(CudaError::OutOfMemory { device, what, requested: total, free });
         }
         let sizes = WorkSizes::of(shape, n_sms);
