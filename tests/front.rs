@@ -115,6 +115,20 @@ fn the_line_that_serve_prints_works() {
     assert!(status == "200" && page.contains("<html"), "{status} {page}");
 }
 
+#[test]
+fn the_program_and_its_server_say_the_same_of_themselves() {
+    let output = shell(&format!("{} --version", env!("CARGO_BIN_EXE_playhouse")), &[]);
+    let text = String::from_utf8(output.stdout).expect("UTF-8");
+    let (program, kernels) = text.trim_end().split_once('\n').expect("two lines");
+    assert!(kernels == "no GPU kernels" || kernels.starts_with("kernels for sm_"), "{kernels}");
+    let served = serve_in(tempfile::tempdir().expect("a folder"), &["--address", "127.0.0.1:0"]);
+    let lines = served.until("http://");
+    let (server, _) = curl(&format!("{}/version", lines.last().expect("one")), &[]);
+    let server: Value = serde_json::from_str(&server).expect("JSON");
+    let commit = server["commit"].as_str().map(|commit| format!(" ({commit})")).unwrap_or_default();
+    assert_eq!(program, format!("playhouse {}{commit}", server["version"].as_str().expect("a version")));
+}
+
 /// The guide's lines, run as they stand against a real server: every endpoint has one, and each is answered.
 #[test]
 fn the_guide_has_a_line_for_every_endpoint_and_they_work() {

@@ -32,8 +32,11 @@ mod devices;
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::LazyLock;
 
 use clap::Parser;
+
+use crate::http::BuildInfo;
 
 pub use error::{CliError, Exit};
 
@@ -104,11 +107,22 @@ commands! {
 
 /// Runs language models from GGUF files. The same request with the same seed gives the same bytes.
 #[derive(Debug, clap::Parser)]
-#[command(name = "playhouse", version, about, after_help = error::EXIT_CODES)]
+#[command(name = "playhouse", version = BUILD.as_str(), about, after_help = error::EXIT_CODES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
+
+/// The version, what it was built from, and for which GPUs.
+static BUILD: LazyLock<String> = LazyLock::new(|| {
+    let BuildInfo { version, commit } = BuildInfo::default();
+    let commit = commit.map(|commit| format!(" ({commit})")).unwrap_or_default();
+    let kernels = match playhouse_cuda::kernels::built() {
+        Ok(()) => format!("kernels for sm_{}", playhouse_cuda::kernels::ARCHS.replace(',', ", sm_")),
+        Err(_) => "no GPU kernels".to_owned(),
+    };
+    format!("{version}{commit}\n{kernels}")
+});
 
 /// The grammar of the command line, for whoever checks or completes commands.
 pub fn command() -> clap::Command {

@@ -134,8 +134,7 @@ async fn serve(config: Config, overrides: Overrides) -> Result<(), CliError> {
     print(&welcome(&house.devices().await, &house.plan(), &url))?;
     let _greeting = AbortOnDrop(tokio::spawn(greet(house.clone(), url, settings.asks_for_keys())));
     let control = Arc::new(HouseControl::new(house.clone()));
-    let build = BuildInfo { version: env!("CARGO_PKG_VERSION").to_owned(), commit: None };
-    let front = Front { client: house.client().clone(), control, settings, build };
+    let front = Front { client: house.client().clone(), control, settings, build: BuildInfo::default() };
     let stop = CancellationToken::new();
     let mut serving = tokio::spawn(http::serve(front, Listeners { tcp, unix }, stop.clone()));
     let ending = tokio::select! {

@@ -61,7 +61,8 @@ pub struct BuildInfo {
 
 impl Default for BuildInfo {
     fn default() -> Self {
-        Self { version: env!("CARGO_PKG_VERSION").to_owned(), commit: None }
+        let commit = option_env!("PLAYHOUSE_COMMIT").map(str::to_owned);
+        Self { version: env!("CARGO_PKG_VERSION").to_owned(), commit }
     }
 }
 
