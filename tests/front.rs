@@ -27,10 +27,14 @@ struct Served {
 }
 
 fn serve_in(folder: tempfile::TempDir, arguments: &[&str]) -> Served {
+    serve_logging(folder, arguments, Stdio::inherit())
+}
+
+fn serve_logging(folder: tempfile::TempDir, arguments: &[&str], log: Stdio) -> Served {
     let mut command = Command::new(env!("CARGO_BIN_EXE_playhouse"));
     command.env_clear().env("PATH", "/bin:/usr/bin").stdin(Stdio::null()).current_dir(folder.path());
     command.args(["serve", "--admin-socket", "admin.sock"]).args(arguments);
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().expect("the binary runs");
+    let mut child = command.stdout(Stdio::piped()).stderr(log).spawn().expect("the binary runs");
     let stdout = child.stdout.take().expect("piped");
     let (sender, lines) = channel();
     std::thread::spawn(move || {
@@ -127,6 +131,29 @@ fn the_program_and_its_server_say_the_same_of_themselves() {
     let server: Value = serde_json::from_str(&server).expect("JSON");
     let commit = server["commit"].as_str().map(|commit| format!(" ({commit})")).unwrap_or_default();
     assert_eq!(program, format!("playhouse {}{commit}", server["version"].as_str().expect("a version")));
+}
+
+#[test]
+fn prompts_are_logged_where_that_is_asked_for() {
+    let logged = |arguments: &[&str]| {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("log");
+        let log = std::fs::File::create(&path).expect("writable");
+        let served = serve_logging(folder, &[&["--address", "127.0.0.1:0"], arguments].concat(), log.into());
+        let lines = served.until("curl ");
+        let url = lines.iter().find(|line| line.starts_with("http://")).expect("one");
+        let body =
+            r#"{"model": "basho", "messages": [{"role": "user", "content": "a secret heron"}], "max_tokens": 2}"#;
+        let (answer, status) =
+            curl(&format!("{url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"), &[]);
+        assert_eq!(status, "200", "{answer}");
+        std::fs::read_to_string(path).expect("a log")
+    };
+    assert!(!logged(&[]).contains("heron"));
+    let log = logged(&["--set", "host.log_prompts=true", "--set", "host.log=json"]);
+    let line = log.lines().find(|line| line.contains("heron")).unwrap_or_else(|| panic!("no prompt in {log}"));
+    let line: Value = serde_json::from_str(line).expect("JSON");
+    assert_eq!(line["prompt"], "<|user|>a secret heron<|end|><|assistant|>", "{line}");
 }
 
 /// The guide's lines, run as they stand against a real server: every endpoint has one, and each is answered.

@@ -106,6 +106,8 @@ pub struct Host {
     pub drain: Duration,
     /// Format of the log.
     pub log: LogFormat,
+    /// Whether prompts are logged.
+    pub log_prompts: bool,
     /// Bounds.
     pub limits: Limits,
 }
@@ -130,6 +132,7 @@ impl Default for Host {
             otlp_endpoint: None,
             drain: Duration::from_secs(30),
             log: LogFormat::Text,
+            log_prompts: false,
             limits: Limits::default(),
         }
     }

@@ -89,6 +89,9 @@ pub(crate) struct RawHost {
     /// Format of the log on standard error.
     #[schemars(extend("default" = "text"))]
     pub(crate) log: Option<At<LogFormat>>,
+    /// Whether prompts are logged, as the models read them. They may be anybody's secrets.
+    #[schemars(extend("default" = false))]
+    pub(crate) log_prompts: Option<At<bool>>,
     /// How much the host takes on.
     #[serde(default)]
     pub(crate) limits: RawLimits,

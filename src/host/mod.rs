@@ -430,6 +430,7 @@ fn restart_needed(old: &Config, new: &Config) -> Vec<String> {
         ("host.look_every", was.look_every != is.look_every),
         ("host.otlp_endpoint", was.otlp_endpoint != is.otlp_endpoint),
         ("host.log", was.log != is.log),
+        ("host.log_prompts", was.log_prompts != is.log_prompts),
         ("host.limits", front_limits(&was.limits) != front_limits(&is.limits)),
         ("simulate", old.simulate != new.simulate),
     ];

@@ -37,7 +37,7 @@ mod status;
 mod openapi;
 mod dashboard;
 
-use crate::client::Client;
+use crate::client::{Client, ModelHandle, TokenStream};
 use arc_swap::ArcSwap;
 use control::Control;
 pub use error::ServeError;
@@ -95,6 +95,16 @@ struct Shared {
 }
 
 type App = Arc<Shared>;
+
+impl Shared {
+    /// Logs what a model was asked, where the configuration asks for that.
+    fn log_prompt(&self, handle: &ModelHandle, stream: &TokenStream) {
+        if self.settings.log_prompts {
+            let prompt = handle.detokenize(stream.prompt(), false);
+            tracing::info!(model = handle.card().name, seed = stream.seed(), prompt, "a request was accepted");
+        }
+    }
+}
 
 impl Front {
     fn shared(self, stopping: CancellationToken) -> App {

@@ -51,6 +51,8 @@ pub struct HttpSettings {
     pub keep_alive: Duration,
     /// How long requests in flight may finish after a stop.
     pub drain: Duration,
+    /// Whether prompts are logged.
+    pub log_prompts: bool,
 }
 
 impl HttpSettings {
@@ -85,6 +87,7 @@ impl From<&Host> for HttpSettings {
             per_key: host.per_key,
             keep_alive: host.keep_alive,
             drain: host.drain,
+            log_prompts: host.log_prompts,
         }
     }
 }

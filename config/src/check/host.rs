@@ -34,6 +34,7 @@ impl Checker {
             otlp_endpoint: raw.otlp_endpoint.as_ref().and_then(|text| self.otlp_endpoint(text)),
             drain: self.duration(&raw.drain, default.drain),
             log: raw.log.as_ref().map_or(default.log, |log| *log.value()),
+            log_prompts: raw.log_prompts.as_ref().map_or(default.log_prompts, |is_asked| *is_asked.value()),
             limits: self.limits(&raw.limits),
         };
         if let Some(text) = &raw.address {

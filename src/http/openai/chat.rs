@@ -44,6 +44,7 @@ pub(in crate::http) async fn chat(
     };
     let n_prompt = stream.prompt().len() as u64;
     meter.accepted(n_prompt);
+    app.log_prompt(&handle, &stream);
     let chat = Chat { head: Head::new(&app, "chatcmpl-", &card.name), texts: TokenTexts(card.clone()), n_prompt };
     let choices = choices(&card, spoken, &stream);
     let running = Running::new(meter, place, app.settings.keep_alive, n_prompt);

@@ -49,6 +49,7 @@ pub(in crate::http) async fn completions(
     let completion = Completion::new(&app, &handle, &started, &prompts, echo);
     let n_prompt = completion.usage.prompt;
     meter.accepted(n_prompt);
+    started.iter().for_each(|stream| app.log_prompt(&handle, stream));
     let running = Running::new(meter, place, app.settings.keep_alive, n_prompt);
     let events = merged(started, generate.n);
     if body.stream.unwrap_or(false) {

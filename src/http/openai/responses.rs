@@ -83,6 +83,7 @@ pub(in crate::http) async fn responses(
     };
     let n_prompt = stream.prompt().len() as u64;
     meter.accepted(n_prompt);
+    app.log_prompt(&handle, &stream);
     let choice = choices(&card, spoken, &stream).swap_remove(0);
     let running = Running::new(meter, place, app.settings.keep_alive, n_prompt);
     let items = Items::new(&card.name, choice, n_prompt, echo);
