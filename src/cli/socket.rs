@@ -10,7 +10,7 @@ use crate::host::admin::{Client, ClientError, FailureKind, usual_path};
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct SocketArgs {
     /// The host's admin socket [default: that of this user's host]
-    #[arg(long, value_name = "PATH", env = "PLAYHOUSE_HOST_ADMIN_SOCKET")]
+    #[arg(long, visible_alias = "admin-socket", value_name = "PATH", env = "PLAYHOUSE_HOST_ADMIN_SOCKET")]
     socket: Option<PathBuf>,
 }
 

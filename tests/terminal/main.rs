@@ -43,7 +43,7 @@ impl Host {
 
     fn command(&self, name: &str) -> Command {
         let mut command = playhouse();
-        command.arg(name).arg("--socket").arg(self.folder.path().join("admin.sock"));
+        command.arg(name).arg("--admin-socket").arg(self.folder.path().join("admin.sock"));
         command
     }
 
