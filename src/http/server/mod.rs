@@ -20,7 +20,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use io::GuardedIo;
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -37,6 +37,16 @@ pub(super) enum Peer {
     Tcp(SocketAddr),
     /// Somebody on this machine whom the socket file's permissions let through.
     Unix,
+}
+
+impl Peer {
+    /// Whom the address stands for.
+    pub(super) fn client(&self) -> Option<IpAddr> {
+        match self {
+            Self::Tcp(address) => Some(door::client_of(address.ip())),
+            Self::Unix => None,
+        }
+    }
 }
 
 /// Bytes of the headers of an HTTP/2 request.
