@@ -5,6 +5,7 @@
 //! and when all places are taken the one that has waited longest without a request makes room, so that idle
 //! connections, however many, cannot keep a client out.
 
+mod calm;
 mod door;
 mod head;
 mod io;
@@ -14,6 +15,7 @@ use super::error::ServeError;
 use super::{App, fresh, guard, routes};
 use axum::body::Body;
 use axum::http::Request;
+use calm::Calm;
 use door::{Conn, Door};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -245,7 +247,7 @@ impl Server {
                 Ok::<_, Infallible>(response.map(|body| in_flight.carry(body)))
             }
         });
-        let connection = self.http.serve_connection(TokioIo::new(io), service);
+        let connection = self.http.serve_connection(TokioIo::new(Calm::new(io)), service);
         tokio::pin!(connection);
         let limits = &self.app.settings.limits;
         let (mut stopping, mut next_look) = (false, Instant::now() + limits.header_timeout);
