@@ -1,7 +1,8 @@
 //! Request bodies: JSON within bounds and in time, with errors that name the parameter.
 
-use super::App;
 use super::error::ApiError;
+use super::server::Peer;
+use super::{App, bounded};
 use axum::body::Body;
 use axum::extract::{FromRequest, Request};
 use axum::http::header;
@@ -12,8 +13,9 @@ use serde::de::DeserializeOwned;
 /// A request's body, read as `T`.
 pub(super) struct Json<T>(pub(super) T);
 
-/// What is longer is parsed aside: megabytes take milliseconds, in which the streams of the same thread would stand still.
-const AT_ONCE_BYTES: usize = 64 << 10;
+/// What is longer is parsed in the [lane](super::lane): this much takes a tenth of a millisecond, in which the streams of the
+/// same thread stand still.
+const AT_ONCE_BYTES: usize = 16 << 10;
 
 impl<T: DeserializeOwned + Send + 'static> FromRequest<App> for Json<T> {
     type Rejection = ApiError;
@@ -23,12 +25,13 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<App> for Json<T> {
         if encoding.is_some_and(|encoding| encoding != "identity") {
             return Err(ApiError::bad(None, "compressed bodies are not taken"));
         }
+        let client = request.extensions().get::<Peer>().and_then(Peer::client);
         let bytes = read(app, request.into_body()).await?;
         if bytes.len() <= AT_ONCE_BYTES {
             return parse(&bytes).map(Json);
         }
-        let parsed = tokio::task::spawn_blocking(move || parse(&bytes)).await;
-        parsed.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic())).map(Json)
+        let parsed = app.lane.run(client, move || parse(&bytes)).await;
+        parsed.unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(Json)
     }
 }
 
@@ -53,6 +56,11 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let message = error.inner().to_string();
         let path = error.path().to_string();
+        if let Some((message, named)) = bounded::read_refusal(&message) {
+            let place = format!(" at line {} column {}", error.inner().line(), error.inner().column());
+            let message = message.strip_suffix(&place).unwrap_or(message);
+            return ApiError::param(named.unwrap_or(&path), message);
+        }
         match error.inner().classify() {
             serde_json::error::Category::Data => ApiError::bad(param(&path, &message), message).code("invalid_type"),
             _ => ApiError::bad(None, format!("the body is not JSON that can be read: {message}")).code("invalid_json"),

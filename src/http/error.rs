@@ -30,6 +30,9 @@ pub enum ServeError {
     /// The listener is of no use.
     #[error("the listener failed")]
     Listener(#[from] std::io::Error),
+    /// The front has a thread of its own for long bodies.
+    #[error("no thread could be started")]
+    Thread(#[source] std::io::Error),
     /// Certificate or key cannot be used.
     #[error("{path}: {why}")]
     Tls {

@@ -22,6 +22,8 @@ mod fresh;
 mod guard;
 mod trace;
 mod quota;
+mod bounded;
+mod lane;
 mod body;
 mod routes;
 mod id;
@@ -90,6 +92,8 @@ struct Shared {
     metrics: metrics::Metrics,
     keys: ArcSwap<Keys>,
     quotas: quota::Quotas,
+    /// Where long bodies are read.
+    lane: lane::Lane,
     /// Cancelled when the front stops: streams without an end of their own end then.
     stopping: CancellationToken,
 }
@@ -107,14 +111,15 @@ impl Shared {
 }
 
 impl Front {
-    fn shared(self, stopping: CancellationToken) -> App {
+    fn shared(self, stopping: CancellationToken) -> Result<App, ServeError> {
         let Front { client, control, settings, build } = self;
         let commit = build.commit.as_deref().map(|commit| format!("-{}", commit.get(..8).unwrap_or(commit)));
         let fingerprint = format!("playhouse-{}{}", build.version, commit.unwrap_or_default());
         let (metrics, quotas) = (metrics::Metrics::new(), quota::Quotas::default());
         let keys = Keys { users: settings.api_keys.clone(), admins: settings.admin_keys.clone() };
         let keys = ArcSwap::from_pointee(keys);
-        Arc::new(Shared { client, control, settings, build, fingerprint, metrics, keys, quotas, stopping })
+        let lane = lane::Lane::start().map_err(ServeError::Thread)?;
+        Ok(Arc::new(Shared { client, control, settings, build, fingerprint, metrics, keys, quotas, lane, stopping }))
     }
 }
 
@@ -152,10 +157,10 @@ pub struct Listeners {
 /// # Errors
 /// [`ServeError::Exposed`] if the listener can be reached from outside and the settings have no keys or no TLS and do
 /// not say that this is wanted; [`ServeError::Tls`] if certificate or key, [`ServeError::Keys`] if a file of keys
-/// cannot be used. Trouble with single connections ends those connections.
+/// cannot be used, [`ServeError::Thread`] if the system has no thread left. Trouble with single connections ends those connections.
 pub async fn serve(front: Front, listeners: impl Into<Listeners>, stop: CancellationToken) -> Result<(), ServeError> {
     let Listeners { tcp, unix } = listeners.into();
-    let app = front.shared(stop.clone());
+    let app = front.shared(stop.clone())?;
     let on_unix = async {
         match unix {
             Some(unix) => server::serve_unix(app.clone(), unix, stop.clone()).await,

@@ -2,6 +2,7 @@
 
 use super::App;
 use super::body::Json;
+use super::bounded::{Object, Trees};
 use super::error::ApiError;
 use super::openai::messages;
 use super::output::Syntax;
@@ -9,7 +10,7 @@ use crate::client::{ChatRequest, limits};
 use crate::text::{EncodeOptions, RenderOptions};
 use axum::extract::State;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 /// The body of `/tokenize`: a text, or a conversation.
 #[derive(Debug, Deserialize)]
@@ -17,7 +18,7 @@ pub(super) struct TokenizeBody {
     model: Option<String>,
     #[serde(alias = "prompt")]
     content: Option<String>,
-    messages: Option<Vec<Value>>,
+    messages: Option<Trees>,
     #[serde(alias = "add_special_tokens")]
     add_special: Option<bool>,
     parse_special: Option<bool>,
@@ -32,7 +33,7 @@ pub(super) async fn tokenize(
     let handle = app.client.model(&model_name(&app, body.model)?)?;
     let text = match (body.content, body.messages) {
         (Some(text), None) => text,
-        (None, Some(list)) => handle.apply_template(ChatRequest::new(messages(list, Syntax::Plain)?)).await?,
+        (None, Some(list)) => handle.apply_template(ChatRequest::new(messages(list.0, Syntax::Plain)?)).await?,
         (Some(_), Some(_)) => return Err(ApiError::param("messages", "expected `content` or `messages`, not both")),
         (None, None) => return Err(ApiError::param("content", "expected `content`, a text, or `messages`")),
     };
@@ -80,9 +81,9 @@ pub(super) async fn detokenize(
 #[derive(Debug, Deserialize)]
 pub(super) struct TemplateBody {
     model: Option<String>,
-    messages: Vec<Value>,
-    tools: Option<Vec<Value>>,
-    chat_template_kwargs: Option<Map<String, Value>>,
+    messages: Trees,
+    tools: Option<Trees>,
+    chat_template_kwargs: Option<Object>,
     add_generation_prompt: Option<bool>,
 }
 
@@ -96,11 +97,11 @@ pub(super) async fn apply_template(
     let syntax = Syntax::of(template, body.tools.is_some());
     let options = RenderOptions {
         add_generation_prompt: body.add_generation_prompt.unwrap_or(true),
-        tools: body.tools,
-        kwargs: body.chat_template_kwargs.unwrap_or_default(),
+        tools: body.tools.map(|tools| tools.0),
+        kwargs: body.chat_template_kwargs.map(|kwargs| kwargs.0).unwrap_or_default(),
         ..RenderOptions::default()
     };
-    let request = ChatRequest { options, ..ChatRequest::new(messages(body.messages, syntax)?) };
+    let request = ChatRequest { options, ..ChatRequest::new(messages(body.messages.0, syntax)?) };
     Ok(axum::Json(json!({ "prompt": handle.apply_template(request).await? })))
 }
 

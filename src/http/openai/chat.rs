@@ -167,7 +167,12 @@ pub(super) fn request(body: &mut ChatBody, card: &Arc<ModelCard>) -> Result<(Cha
     if body.continue_final_message.unwrap_or(false) {
         return Err(ApiError::not_supported("continue_final_message", "`continue_final_message` is not supported"));
     }
-    let tools = Tools::read(body.tools.take(), body.tool_choice.as_ref(), body.parallel_tool_calls, template)?;
+    let tools = Tools::read(
+        body.tools.take().map(|tools| tools.0),
+        body.tool_choice.as_ref().map(|choice| &choice.0),
+        body.parallel_tool_calls,
+        template,
+    )?;
     let syntax = Syntax::of(template, tools.shown.is_some());
     if syntax.needs_control_tokens() {
         generate.skip_special = false;
@@ -187,7 +192,7 @@ pub(super) fn request(body: &mut ChatBody, card: &Arc<ModelCard>) -> Result<(Cha
         generate.constraint = Some(call);
     }
     let spoken = Spoken { syntax, parallel_calls: tools.parallel, is_forced };
-    let mut kwargs = body.chat_template_kwargs.take().unwrap_or_default();
+    let mut kwargs = body.chat_template_kwargs.take().map(|kwargs| kwargs.0).unwrap_or_default();
     if let Some(effort) = body.reasoning_effort.take() {
         kwargs.entry("reasoning_effort").or_insert(Value::String(effort));
     }
@@ -197,7 +202,7 @@ pub(super) fn request(body: &mut ChatBody, card: &Arc<ModelCard>) -> Result<(Cha
         kwargs,
         ..RenderOptions::default()
     };
-    let messages = messages(std::mem::take(&mut body.messages), syntax)?;
+    let messages = messages(std::mem::take(&mut body.messages.0), syntax)?;
     Ok((ChatRequest { messages, options, generate }, spoken))
 }
 

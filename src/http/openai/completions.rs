@@ -6,7 +6,7 @@ use super::super::error::ApiError;
 use super::super::guard::Shown;
 use super::super::sse::{self, Chunks, Running};
 use super::answer::{CompletionLogprobs, Head, TokenTexts, Usage, finish_reason, key_place, stop_reason};
-use super::request::{CompletionBody, PromptField, StreamOptions};
+use super::request::{CompletionBody, StreamOptions};
 use crate::client::{End, Event, GenerateRequest, ModelHandle, Prompt, Token, TokenStream, limits};
 use axum::Extension;
 use axum::extract::State;
@@ -17,8 +17,6 @@ use serde_json::{Value, json};
 use std::io::Write;
 use std::pin::Pin;
 
-/// Prompts of one request.
-const PROMPTS_MAX: u64 = 32;
 /// Tokens where the client does not say: OpenAI's default, and everybody's.
 const MAX_TOKENS: u32 = 16;
 
@@ -35,7 +33,7 @@ pub(in crate::http) async fn completions(
     body.sampling().apply(&mut generate)?;
     generate.logprobs = body.logprobs;
     refuse_what_is_not_done(&body)?;
-    let prompts = prompts(body.prompt.clone())?;
+    let prompts = body.prompt.clone().prompts();
     let n_choices = limits::N_MAX.min(generate.n) * u32::try_from(prompts.len()).unwrap_or(u32::MAX);
     let mut meter = app.metrics.request(&handle.card().name, n_choices, generate.max_tokens);
     let started = match start(&handle, &generate, &prompts).await {
@@ -67,15 +65,6 @@ fn refuse_what_is_not_done(body: &CompletionBody) -> Result<(), ApiError> {
         return Err(ApiError::not_supported("echo", "`echo` with `logprobs` is not supported"));
     }
     Ok(())
-}
-
-fn prompts(field: PromptField) -> Result<Vec<Prompt>, ApiError> {
-    let prompts: Vec<Prompt> = match field {
-        PromptField::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
-        PromptField::Tokens(lists) => lists.into_iter().map(Prompt::Tokens).collect(),
-    };
-    limits::at_most("prompt", prompts.len() as u64, 1, PROMPTS_MAX)?;
-    Ok(prompts)
 }
 
 /// One stream for each prompt; if one is refused, the others are dropped here and so cancelled.

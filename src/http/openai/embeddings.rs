@@ -6,7 +6,6 @@ use super::super::error::ApiError;
 use super::super::guard::Shown;
 use super::answer::key_place;
 use super::request::PromptField;
-use crate::client::{Prompt, limits};
 use axum::Extension;
 use axum::extract::State;
 use base64::Engine as _;
@@ -14,13 +13,11 @@ use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// Texts of one request.
-const TEXTS_MAX: u64 = 32;
-
 /// The body.
 #[derive(Debug, Deserialize)]
 pub(in crate::http) struct EmbeddingBody {
     model: String,
+    #[serde(deserialize_with = "PromptField::input")]
     input: PromptField,
     encoding_format: Option<Encoding>,
     dimensions: Option<u32>,
@@ -49,13 +46,8 @@ pub(in crate::http) async fn embeddings(
             "`dimensions` is not supported: the vector is the model's own",
         ));
     }
-    let prompts: Vec<Prompt> = match body.input {
-        PromptField::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
-        PromptField::Tokens(lists) => lists.into_iter().map(Prompt::Tokens).collect(),
-    };
-    limits::at_most("input", prompts.len() as u64, 1, TEXTS_MAX)?;
     let (mut data, mut n_tokens) = (Vec::new(), 0);
-    for (index, prompt) in prompts.into_iter().enumerate() {
+    for (index, prompt) in body.input.prompts().into_iter().enumerate() {
         let embedding = handle.embed(prompt).await?;
         n_tokens += u64::from(embedding.prompt_tokens);
         if let Some(place) = &mut place {

@@ -1,11 +1,11 @@
 //! What clients ask for, as the OpenAI API and vLLM's extras write it.
 
+use super::super::bounded::{self, Document, Object, Tree, Trees};
 use super::super::error::ApiError;
-use crate::client::GenerateRequest;
+use crate::client::{GenerateRequest, Prompt, limits};
 use playhouse_actors::engine::Constraint;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
-use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -30,9 +30,9 @@ macro_rules! with_sampling {
             repetition_penalty: Option<f32>,
             presence_penalty: Option<f32>,
             frequency_penalty: Option<f32>,
-            logit_bias: Option<std::collections::BTreeMap<String, f32>>,
+            logit_bias: Option<$crate::http::openai::request::LogitBias>,
             stop: Option<$crate::http::openai::request::Stop>,
-            stop_token_ids: Option<Vec<u32>>,
+            stop_token_ids: Option<$crate::http::openai::request::StopIds>,
             ignore_eos: Option<bool>,
             min_tokens: Option<u32>,
             max_tokens: Option<u32>,
@@ -41,7 +41,7 @@ macro_rules! with_sampling {
             priority: Option<i32>,
             best_of: Option<u32>,
             response_format: Option<$crate::http::openai::request::ResponseFormat>,
-            guided_json: Option<serde_json::Value>,
+            guided_json: Option<$crate::http::bounded::Document>,
             guided_regex: Option<String>,
             guided_grammar: Option<String>,
             #[serde(rename = "user")]
@@ -72,7 +72,7 @@ macro_rules! with_sampling {
                     best_of: self.best_of,
                     response_format: self.response_format.take(),
                     guided: [
-                        self.guided_json.take().map(|schema| $crate::http::openai::request::json_schema(&schema)),
+                        self.guided_json.take().map(|schema| playhouse_actors::engine::Constraint::JsonSchema(schema.text)),
                         self.guided_regex.take().map(playhouse_actors::engine::Constraint::Regex),
                         self.guided_grammar.take().map(playhouse_actors::engine::Constraint::Lark),
                     ]
@@ -87,13 +87,13 @@ macro_rules! with_sampling {
 with_sampling! {
     /// The body of `/v1/chat/completions`.
     ChatBody {
-        messages: Vec<Value>,
+        messages: Trees,
         logprobs: Option<bool>,
         top_logprobs: Option<u32>,
-        tools: Option<Vec<Value>>,
-        tool_choice: Option<Value>,
+        tools: Option<Trees>,
+        tool_choice: Option<Tree>,
         parallel_tool_calls: Option<bool>,
-        chat_template_kwargs: Option<Map<String, Value>>,
+        chat_template_kwargs: Option<Object>,
         reasoning_effort: Option<String>,
         add_generation_prompt: Option<bool>,
         continue_final_message: Option<bool>,
@@ -103,6 +103,7 @@ with_sampling! {
 with_sampling! {
     /// The body of `/v1/completions`.
     CompletionBody {
+        #[serde(deserialize_with = "PromptField::prompt")]
         prompt: PromptField,
         suffix: Option<String>,
         echo: Option<bool>,
@@ -130,12 +131,12 @@ pub(super) struct ResponseFormat {
     kind: String,
     json_schema: Option<JsonSchema>,
     /// The Responses API has the schema here.
-    schema: Option<Value>,
+    schema: Option<Document>,
 }
 
 #[derive(Debug, Deserialize)]
 struct JsonSchema {
-    schema: Option<Value>,
+    schema: Option<Document>,
 }
 
 impl ResponseFormat {
@@ -145,10 +146,11 @@ impl ResponseFormat {
             "json_object" => Ok(Some(Constraint::JsonObject)),
             "json_schema" => {
                 let schema = self.json_schema.and_then(|outer| outer.schema).or(self.schema);
-                let schema = schema.filter(|schema| schema.is_object() || schema.is_boolean());
+                // vLLM takes a schema as text, too, but as `guided_json`.
+                let schema = schema.filter(|schema| schema.is_schema);
                 let missing =
                     || ApiError::param("response_format.json_schema", "a schema is needed: `json_schema.schema`");
-                Ok(Some(json_schema(&schema.ok_or_else(missing)?)))
+                Ok(Some(Constraint::JsonSchema(schema.ok_or_else(missing)?.text)))
             }
             kind => {
                 let shown: String = kind.chars().take(40).collect();
@@ -157,11 +159,6 @@ impl ResponseFormat {
             }
         }
     }
-}
-
-/// vLLM takes a schema as JSON and as text that is JSON.
-pub(super) fn json_schema(schema: &Value) -> Constraint {
-    Constraint::JsonSchema(schema.as_str().map_or_else(|| schema.to_string(), str::to_owned))
 }
 
 /// What [`with_sampling`] bodies have in common.
@@ -176,9 +173,9 @@ pub(super) struct Sampling {
     pub(super) repetition_penalty: Option<f32>,
     pub(super) presence_penalty: Option<f32>,
     pub(super) frequency_penalty: Option<f32>,
-    pub(super) logit_bias: Option<BTreeMap<String, f32>>,
+    pub(super) logit_bias: Option<LogitBias>,
     pub(super) stop: Option<Stop>,
-    pub(super) stop_token_ids: Option<Vec<u32>>,
+    pub(super) stop_token_ids: Option<StopIds>,
     pub(super) ignore_eos: Option<bool>,
     pub(super) min_tokens: Option<u32>,
     pub(super) max_tokens: Option<u32>,
@@ -216,13 +213,12 @@ impl Sampling {
         if let Some(top_k) = self.top_k {
             sampling.top_k = read_top_k(top_k)?;
         }
-        for (id, bias) in self.logit_bias.into_iter().flatten() {
-            let id = id.parse().map_err(|_| ApiError::param("logit_bias", "keys of `logit_bias` are token ids"))?;
-            sampling.logit_bias.push((id, bias));
+        if let Some(bias) = self.logit_bias {
+            sampling.logit_bias = bias.by_token()?;
         }
         request.seed = self.seed.map(|seed| seed.0);
         request.stop = self.stop.map(|stop| stop.0).unwrap_or_default();
-        request.stop_ids = self.stop_token_ids.unwrap_or_default();
+        request.stop_ids = self.stop_token_ids.map(|ids| ids.0).unwrap_or_default();
         set(&mut request.ignore_eos, self.ignore_eos);
         set(&mut request.min_tokens, self.min_tokens);
         request.max_tokens = self.max_tokens.or(request.max_tokens);
@@ -286,17 +282,68 @@ impl<'de> Deserialize<'de> for Stop {
                 // Some clients send an empty string for "none".
                 Ok(Stop(if value.is_empty() { Vec::new() } else { vec![value.to_owned()] }))
             }
-            fn visit_seq<A: de::SeqAccess<'de>>(self, mut list: A) -> Result<Stop, A::Error> {
-                let mut stops = Vec::new();
-                while let Some(stop) = list.next_element()? {
-                    stops.push(stop);
-                }
-                Ok(Stop(stops))
+            fn visit_seq<A: de::SeqAccess<'de>>(self, list: A) -> Result<Stop, A::Error> {
+                bounded::elements(list, "stop", limits::STOPS_MAX).map(Stop)
             }
         }
         deserializer.deserialize_any(Strings)
     }
 }
+
+/// Token ids that end a text.
+#[derive(Debug, Clone, Default)]
+pub(super) struct StopIds(pub(super) Vec<u32>);
+
+impl<'de> Deserialize<'de> for StopIds {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Ids;
+        impl<'de> Visitor<'de> for Ids {
+            type Value = StopIds;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list of token ids")
+            }
+            fn visit_seq<A: de::SeqAccess<'de>>(self, list: A) -> Result<StopIds, A::Error> {
+                bounded::elements(list, "stop_token_ids", limits::STOP_IDS_MAX).map(StopIds)
+            }
+        }
+        deserializer.deserialize_seq(Ids)
+    }
+}
+
+/// What is added to the scores of tokens, by their ids as texts: JSON has no other keys.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LogitBias(Vec<(String, f32)>);
+
+impl LogitBias {
+    /// In the order of the ids. Of an id that is there twice the last counts.
+    fn by_token(self) -> Result<Vec<(u32, f32)>, ApiError> {
+        let token = |(id, bias): (String, f32)| {
+            let id = id.parse().map_err(|_| ApiError::param("logit_bias", "keys of `logit_bias` are token ids"))?;
+            Ok((id, bias))
+        };
+        let by_token: BTreeMap<u32, f32> = self.0.into_iter().map(token).collect::<Result<_, ApiError>>()?;
+        Ok(by_token.into_iter().collect())
+    }
+}
+
+impl<'de> Deserialize<'de> for LogitBias {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Biases;
+        impl<'de> Visitor<'de> for Biases {
+            type Value = LogitBias;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of token ids with numbers")
+            }
+            fn visit_map<A: de::MapAccess<'de>>(self, object: A) -> Result<LogitBias, A::Error> {
+                bounded::members(object, "logit_bias", limits::LOGIT_BIAS_MAX).map(LogitBias)
+            }
+        }
+        deserializer.deserialize_map(Biases)
+    }
+}
+
+/// Most prompts of one request.
+pub(super) const PROMPTS_MAX: usize = 32;
 
 /// The prompts of a completion: text or tokens, one or several.
 #[derive(Debug, Clone)]
@@ -305,44 +352,97 @@ pub(super) enum PromptField {
     Tokens(Vec<Vec<u32>>),
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
+impl PromptField {
+    /// Of the field `prompt`.
+    pub(super) fn prompt<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Prompts { param: "prompt" })
+    }
+
+    /// Of the field `input`.
+    pub(super) fn input<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Prompts { param: "input" })
+    }
+
+    /// As the library takes them.
+    pub(super) fn prompts(self) -> Vec<Prompt> {
+        match self {
+            Self::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
+            Self::Tokens(lists) => lists.into_iter().map(Prompt::Tokens).collect(),
+        }
+    }
+}
+
+struct Prompts {
+    param: &'static str,
+}
+
+impl<'de> Visitor<'de> for Prompts {
+    type Value = PromptField;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string, a list of token ids, or a list of either")
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<PromptField, E> {
+        Ok(PromptField::Texts(vec![value.to_owned()]))
+    }
+
+    fn visit_string<E>(self, value: String) -> Result<PromptField, E> {
+        Ok(PromptField::Texts(vec![value]))
+    }
+
+    fn visit_seq<A: de::SeqAccess<'de>>(self, mut list: A) -> Result<PromptField, A::Error> {
+        let (mut ids, mut texts, mut lists) = (Vec::new(), Vec::new(), Vec::new());
+        while let Some(item) = list.next_element()? {
+            match item {
+                PromptItem::Id(id) => ids.push(id),
+                PromptItem::Text(text) => texts.push(text),
+                PromptItem::Ids(list) => lists.push(list),
+            }
+            let n_prompts = texts.len() + lists.len();
+            bounded::at_most(self.param, n_prompts, PROMPTS_MAX)?;
+        }
+        match (ids.is_empty(), texts.is_empty(), lists.is_empty()) {
+            (false, true, true) => Ok(PromptField::Tokens(vec![ids])),
+            (true, false, true) => Ok(PromptField::Texts(texts)),
+            (true, true, false) => Ok(PromptField::Tokens(lists)),
+            (true, true, true) => Err(de::Error::invalid_length(0, &self)),
+            _ => Err(de::Error::custom("a list of prompts has texts or tokens, not both")),
+        }
+    }
+}
+
+/// An element of a list of prompts. Read by its first byte: to try one form after the other would build all of them.
 enum PromptItem {
     Id(u32),
     Text(String),
     Ids(Vec<u32>),
 }
 
-impl<'de> Deserialize<'de> for PromptField {
+impl<'de> Deserialize<'de> for PromptItem {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Prompts;
-        impl<'de> Visitor<'de> for Prompts {
-            type Value = PromptField;
+        struct Item;
+        impl<'de> Visitor<'de> for Item {
+            type Value = PromptItem;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string, a list of token ids, or a list of either")
+                f.write_str("a string, a token id or a list of token ids")
             }
-            fn visit_str<E>(self, value: &str) -> Result<PromptField, E> {
-                Ok(PromptField::Texts(vec![value.to_owned()]))
+            fn visit_u64<E: de::Error>(self, value: u64) -> Result<PromptItem, E> {
+                let wrong = || E::invalid_value(de::Unexpected::Unsigned(value), &self);
+                u32::try_from(value).map(PromptItem::Id).map_err(|_| wrong())
             }
-            fn visit_seq<A: de::SeqAccess<'de>>(self, mut list: A) -> Result<PromptField, A::Error> {
-                let (mut ids, mut texts, mut lists) = (Vec::new(), Vec::new(), Vec::new());
-                while let Some(item) = list.next_element()? {
-                    match item {
-                        PromptItem::Id(id) => ids.push(id),
-                        PromptItem::Text(text) => texts.push(text),
-                        PromptItem::Ids(list) => lists.push(list),
-                    }
+            fn visit_str<E>(self, value: &str) -> Result<PromptItem, E> {
+                Ok(PromptItem::Text(value.to_owned()))
+            }
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut list: A) -> Result<PromptItem, A::Error> {
+                let mut ids = Vec::new();
+                while let Some(id) = list.next_element()? {
+                    ids.push(id);
                 }
-                match (ids.is_empty(), texts.is_empty(), lists.is_empty()) {
-                    (false, true, true) => Ok(PromptField::Tokens(vec![ids])),
-                    (true, false, true) => Ok(PromptField::Texts(texts)),
-                    (true, true, false) => Ok(PromptField::Tokens(lists)),
-                    (true, true, true) => Err(de::Error::invalid_length(0, &self)),
-                    _ => Err(de::Error::custom("a list of prompts has texts or tokens, not both")),
-                }
+                Ok(PromptItem::Ids(ids))
             }
         }
-        deserializer.deserialize_any(Prompts)
+        deserializer.deserialize_any(Item)
     }
 }
 

@@ -6,6 +6,7 @@
 
 use super::super::App;
 use super::super::body::Json;
+use super::super::bounded::{self, Object, Tree, Trees};
 use super::super::error::ApiError;
 use super::super::guard::Shown;
 use super::super::id;
@@ -19,6 +20,7 @@ use axum::Extension;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
+use serde::de::{self, Deserializer};
 use serde_json::{Map, Value, json};
 use std::time::SystemTime;
 
@@ -33,26 +35,35 @@ pub(in crate::http) struct ResponseBody {
     top_p: Option<f32>,
     seed: Option<i64>,
     stream: Option<bool>,
-    tools: Option<Vec<Value>>,
-    tool_choice: Option<Value>,
+    tools: Option<Trees>,
+    tool_choice: Option<Tree>,
     parallel_tool_calls: Option<bool>,
     text: Option<TextOptions>,
     reasoning: Option<Reasoning>,
     previous_response_id: Option<String>,
     background: Option<bool>,
-    metadata: Option<Map<String, Value>>,
+    metadata: Option<Object>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "a text or a list of items")]
+#[derive(Debug)]
 enum Input {
     Text(String),
     Items(Vec<Value>),
 }
 
+impl<'de> Deserialize<'de> for Input {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match Tree::deserialize(deserializer)?.0 {
+            Value::String(text) => Ok(Self::Text(text)),
+            Value::Array(items) => Ok(Self::Items(items)),
+            _ => Err(de::Error::custom("expected a text or a list of items")),
+        }
+    }
+}
+
 #[derive(Debug, Deserialize)]
 struct TextOptions {
-    format: Option<Value>,
+    format: Option<Tree>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -122,10 +133,10 @@ impl Echo {
             max_output_tokens: body.max_output_tokens,
             temperature: body.temperature,
             top_p: body.top_p,
-            tools: body.tools.clone().unwrap_or_default(),
-            tool_choice: body.tool_choice.clone().unwrap_or_else(|| "auto".into()),
+            tools: body.tools.as_ref().map(|tools| tools.0.clone()).unwrap_or_default(),
+            tool_choice: body.tool_choice.as_ref().map_or_else(|| "auto".into(), |choice| choice.0.clone()),
             parallel_tool_calls: body.parallel_tool_calls.unwrap_or(true),
-            metadata: body.metadata.clone().unwrap_or_default(),
+            metadata: body.metadata.as_ref().map(|metadata| metadata.0.clone()).unwrap_or_default(),
         }
     }
 }
@@ -151,7 +162,7 @@ fn as_chat(body: ResponseBody) -> Result<ChatBody, ApiError> {
             }
         }
     }
-    let tools: Option<Vec<Value>> = body.tools.map(|tools| tools.into_iter().map(nested).collect());
+    let tools: Option<Vec<Value>> = body.tools.map(|tools| tools.0.into_iter().map(nested).collect());
     let chat = json!({
         "model": body.model,
         "messages": messages,
@@ -160,12 +171,16 @@ fn as_chat(body: ResponseBody) -> Result<ChatBody, ApiError> {
         "top_p": body.top_p,
         "seed": body.seed,
         "tools": tools,
-        "tool_choice": body.tool_choice,
+        "tool_choice": body.tool_choice.map(|choice| choice.0),
         "parallel_tool_calls": body.parallel_tool_calls,
-        "response_format": body.text.and_then(|text| text.format),
+        "response_format": body.text.and_then(|text| text.format).map(|format| format.0),
         "reasoning_effort": body.reasoning.and_then(|reasoning| reasoning.effort),
     });
-    serde_json::from_value(chat).map_err(|error| ApiError::param("text.format", error.to_string()))
+    serde_json::from_value(chat).map_err(|error| {
+        let message = error.to_string();
+        let (message, _) = bounded::read_refusal(&message).unwrap_or((&message, None));
+        ApiError::param("text.format", message)
+    })
 }
 
 /// An item as a message; reasoning of earlier turns is left out, as the models' makers advise.

@@ -101,7 +101,7 @@ impl Full {
 }
 
 /// Whom an address stands for: with IPv6 a client has a whole network of 64 bits.
-fn client_of(ip: IpAddr) -> IpAddr {
+pub(super) fn client_of(ip: IpAddr) -> IpAddr {
     match ip.to_canonical() {
         IpAddr::V6(ip) => {
             let [a, b, c, d, ..] = ip.segments();

@@ -11,7 +11,9 @@ use tokio::net::TcpStream;
 const LOOK_MAX: usize = 4 << 10;
 /// For a client whose headers did not come in time, or whose place somebody else needed before they had.
 const TOO_SLOW: &[u8] = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
-/// What HTTP/2 begins with. Its clients would take those words for a broken frame.
+/// What HTTP/2 begins with.
+pub(super) const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// As much of it as tells the versions apart: clients of HTTP/2 would take words for a broken frame.
 const H2: &[u8] = b"PRI ";
 
 /// Returns when there is a whole head, or something that will not become one: who reads it next will know.

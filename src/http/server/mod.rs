@@ -5,6 +5,7 @@
 //! and when all places are taken the one that has waited longest without a request makes room, so that idle
 //! connections, however many, cannot keep a client out.
 
+mod calm;
 mod door;
 mod head;
 mod io;
@@ -14,13 +15,14 @@ use super::error::ServeError;
 use super::{App, fresh, guard, routes};
 use axum::body::Body;
 use axum::http::Request;
+use calm::Calm;
 use door::{Conn, Door};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use io::GuardedIo;
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -37,6 +39,16 @@ pub(super) enum Peer {
     Tcp(SocketAddr),
     /// Somebody on this machine whom the socket file's permissions let through.
     Unix,
+}
+
+impl Peer {
+    /// Whom the address stands for.
+    pub(super) fn client(&self) -> Option<IpAddr> {
+        match self {
+            Self::Tcp(address) => Some(door::client_of(address.ip())),
+            Self::Unix => None,
+        }
+    }
 }
 
 /// Bytes of the headers of an HTTP/2 request.
@@ -235,7 +247,7 @@ impl Server {
                 Ok::<_, Infallible>(response.map(|body| in_flight.carry(body)))
             }
         });
-        let connection = self.http.serve_connection(TokioIo::new(io), service);
+        let connection = self.http.serve_connection(TokioIo::new(Calm::new(io)), service);
         tokio::pin!(connection);
         let limits = &self.app.settings.limits;
         let (mut stopping, mut next_look) = (false, Instant::now() + limits.header_timeout);
