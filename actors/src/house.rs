@@ -270,7 +270,6 @@ pub struct HouseState {
     clock: Clock,
     /// Failures of the house's own children, which are bugs: the same limits as a device has.
     record: RestartRecord,
-    router_cell: Option<ActorCell>,
     inventory_actor: Option<ActorRef<InventoryMsg>>,
     devices: BTreeMap<DeviceId, DeviceChild>,
     /// Changes are made one after the other; these wait for the one in progress.
@@ -313,7 +312,6 @@ impl Actor for House {
             router,
             events,
             clock: Clock::start(),
-            router_cell: None,
             inventory_actor: None,
             devices: BTreeMap::new(),
             applying: false,
@@ -414,7 +412,6 @@ impl HouseState {
         };
         match ractor::Actor::spawn_linked(None, Router, args, self.me.get_cell()).await {
             Ok((actor, _)) => {
-                self.router_cell = Some(actor.get_cell());
                 self.router.install(Some(actor));
                 self.tell_devices(|| DeviceMsg::Announce);
             }
@@ -462,30 +459,37 @@ impl HouseState {
         match part {
             Part::Inventory => self.spawn_inventory().await,
             Part::Router => self.spawn_router().await,
+            // A change of the configuration may have been faster.
+            Part::Device(device) if self.has_supervisor(device) => {}
             Part::Device(device) => self.spawn_device(device).await,
         }
     }
 
-    /// Finds out which child it was and has it started again; false when that happened too often.
+    fn has_supervisor(&self, device: &DeviceId) -> bool {
+        self.devices.get(device).is_some_and(|child| child.actor.is_some())
+    }
+
+    /// Has a child that ended started again; false when that happened too often.
     fn child_failed(&mut self, actor: &ActorCell, reason: &str) -> bool {
-        let id = actor.get_id();
-        let part = if self.router_cell.as_ref().is_some_and(|cell| cell.get_id() == id) {
-            self.router.install(None);
-            self.router_cell = None;
-            Part::Router
-        } else if self.inventory_actor.as_ref().is_some_and(|actor| actor.get_id() == id) {
-            self.inventory_actor = None;
-            Part::Inventory
-        } else {
-            let is_it = |child: &&mut DeviceChild| child.actor.as_ref().is_some_and(|actor| actor.get_id() == id);
-            let Some(child) = self.devices.values_mut().find(is_it) else { return true };
-            child.actor = None;
-            let found = self.devices.iter().find(|(_, child)| child.actor.is_none());
-            let Some((device, _)) = found else { return true };
-            Part::Device(device.clone())
-        };
+        let Some(part) = self.forget(actor) else { return true };
         self.part_failed(part, reason);
         !self.record.is_quarantined()
+    }
+
+    /// Finds out which child it was that ended.
+    fn forget(&mut self, actor: &ActorCell) -> Option<Part> {
+        let id = actor.get_id();
+        if self.router.current().is_some_and(|router| router.get_id() == id) {
+            self.router.install(None);
+            return Some(Part::Router);
+        }
+        if self.inventory_actor.take_if(|inventory| inventory.get_id() == id).is_some() {
+            return Some(Part::Inventory);
+        }
+        let ended = |(device, child): (&DeviceId, &mut DeviceChild)| {
+            child.actor.take_if(|actor| actor.get_id() == id).map(|_| Part::Device(device.clone()))
+        };
+        self.devices.iter_mut().find_map(ended)
     }
 
     fn part_failed(&mut self, part: Part, reason: &str) {

@@ -14,7 +14,9 @@ use playhouse_actors::policy::outcome::WorkerEnd;
 use playhouse_actors::sim::{SIM_BLOCK_BYTES, Verdict};
 use playhouse_actors::{Drained, Generate, HouseEvent, HouseStatus, Refusal, Terminal};
 use playhouse_config::{Config, Replicas};
+use ractor::ActorRef;
 use stage::{DEADLINE, KV_MIN_BLOCKS, Script, Stage, model, one_model, plan, request};
+use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
@@ -374,18 +376,64 @@ async fn a_model_actor_that_fails_is_replaced_and_its_stream_goes_on() {
     stage.strike().await;
 }
 
+/// The supervisors of the devices, in the order of the devices.
+async fn supervisors(stage: &Stage) -> Vec<ActorRef<DeviceMsg>> {
+    let mut found = BTreeMap::new();
+    for child in stage.house.actor().get_cell().get_children() {
+        if child.is_message_type_of::<DeviceMsg>() == Some(true) {
+            let supervisor: ActorRef<DeviceMsg> = child.into();
+            let status = ractor::call!(supervisor, DeviceMsg::Status).expect("it answers");
+            assert!(found.insert(status.device, supervisor).is_none(), "two supervisors of one device");
+        }
+    }
+    found.into_values().collect()
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_device_supervisor_that_fails_is_replaced_with_its_workers_and_streams_go_on() {
     let mut stage = Stage::ready(2, one_model(2), Script::default()).await;
     let (mut first, mut second) = (stage.stream("m", 1, 150).await, stage.stream("m", 2, 150).await);
     first.read(10).await;
     second.read(10).await;
-    let children = stage.house.actor().get_cell().get_children();
-    let supervisors = children.into_iter().filter(|child| child.is_message_type_of::<DeviceMsg>() == Some(true));
-    supervisors.take(1).for_each(|supervisor| supervisor.kill());
+    supervisors(&stage).await[0].kill();
     assert!(stage.until(actor_restarted).await.starts_with("Device("));
     first.completes().await;
     second.completes().await;
+    stage.all_ready().await;
+    stage.strike().await;
+}
+
+/// The second fails before the first is back: each is started again, and only once.
+#[tokio::test(start_paused = true)]
+async fn device_supervisors_that_fail_together_are_all_replaced() {
+    let mut stage = Stage::ready(2, one_model(2), Script::default()).await;
+    supervisors(&stage).await.iter().for_each(|supervisor| supervisor.kill());
+    let restarted = [stage.until(actor_restarted).await, stage.until(actor_restarted).await];
+    assert_ne!(restarted[0], restarted[1]);
+    let is_back = |status: &HouseStatus| status.replicas().filter(|it| it.phase == Phase::Ready).count() == 2;
+    stage.seen("back", is_back).await;
+    assert_eq!(supervisors(&stage).await.len(), 2);
+    stage.strike().await;
+}
+
+/// The change starts the supervisor that waits for its turn; when that comes, nothing is left to do.
+#[tokio::test(start_paused = true)]
+async fn a_change_while_a_device_supervisor_waits_for_its_restart_starts_one() {
+    let mut stage = Stage::ready(1, one_model(1), Script::default()).await;
+    for _ in 0..2 {
+        // The first restart is immediate, the second is not.
+        stage.seen("back", |status| status.replicas().count() == 1).await;
+        supervisors(&stage).await[0].kill();
+        stage.until(actor_restarted).await;
+    }
+    let next =
+        Config { models: vec![model("m", Replicas::Count(1)), model("n", Replicas::Count(1))], ..Config::default() };
+    let next_plan = plan(&next, &stage.cards, Some(&plan(&stage.config, &stage.cards, None)));
+    stage.house.apply(next, next_plan).await.expect("the tree lives");
+    let longest = stage.config.supervision.backoff.max;
+    let changed = stage.status().await.uptime;
+    stage.seen("after the back-off", |status| status.uptime > changed + longest).await;
+    assert_eq!(supervisors(&stage).await.len(), 1);
     stage.all_ready().await;
     stage.strike().await;
 }
