@@ -506,6 +506,32 @@ async fn a_reload_leaves_what_is_unchanged_alone() {
     stage.strike().await;
 }
 
+/// One that goes on with less memory for KV than was planned is as untouched as any other, and a dry run says so.
+#[tokio::test(start_paused = true)]
+async fn a_reload_leaves_a_replica_alone_that_was_given_less_memory() {
+    let load = |spec: &WorkerSpec| match spec.kv_bytes > 48 * SIM_BLOCK_BYTES {
+        true => Verdict::OutOfMemory,
+        false => Verdict::Pass,
+    };
+    let mut stage = Stage::ready(1, one_model(1), Script { load, ..Script::default() }).await;
+    let given = stage.replica("m/0").await.kv_bytes;
+    let mut running = plan(&stage.config, &stage.cards, None);
+    let planned = std::mem::replace(&mut running.devices[0].placements[0].kv_bytes, given);
+    assert!(given < planned);
+    let next_plan = plan(&stage.config, &stage.cards, Some(&running));
+    let would = stage.house.preview(stage.config.clone(), next_plan.clone()).await.expect("the tree lives");
+    let applied = stage.house.apply(stage.config.clone(), next_plan).await.expect("the tree lives");
+    assert_eq!((applied.kept.len(), applied.stopped.len()), (1, 0));
+    assert_eq!(would, applied);
+    // A supervisor that is started again knows, too.
+    supervisors(&stage).await[0].kill();
+    stage.until(actor_restarted).await;
+    stage.seen("back", |status| status.replicas().any(|replica| replica.phase == Phase::Ready)).await;
+    let oom = stage.status().await.devices[0].oom;
+    assert_eq!(oom, RungCounts { shrink_kv: 1, ..RungCounts::default() }, "found out once");
+    stage.strike().await;
+}
+
 const EMPTY: Drained = Drained::Empty { ended: 0 };
 
 #[tokio::test(start_paused = true)]
