@@ -258,6 +258,25 @@ async fn a_lost_device_is_quarantined_and_its_requests_move() {
     }
 }
 
+/// A worker that was told to make room for another is followed by none when its device is given up meanwhile.
+#[tokio::test(start_paused = true)]
+async fn a_restart_under_way_ends_with_its_device() {
+    let step = |_: &WorkerSpec, n: u32| if n == 3 { Verdict::Hang } else { Verdict::Pass };
+    let mut stage = Stage::ready(1, one_model(1), Script { step, ..Script::default() }).await;
+    // It hangs: only the limit for its shutdown ends it.
+    let mut stream = stage.stream("m", 1, 50).await;
+    stream.read(1).await;
+    assert_eq!(stage.house.restart_model("m").await, 1);
+    stage.seen("ending", |status| status.replicas().all(|replica| replica.phase == Phase::Stopping)).await;
+    stage.sim.report(Some("SIM-0"), HealthKind::Xid(79));
+    stage.until(ended).await;
+    let replica = stage.replica("m/0").await;
+    assert_eq!((replica.phase, replica.incarnation), (Phase::Quarantined, 1));
+    let (_, terminal) = stream.end().await;
+    assert_eq!(terminal, Terminal::Failed(Failure::Unavailable));
+    stage.strike().await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_last_devices_loss_is_a_typed_end() {
     let mut stage = Stage::ready(1, one_model(1), Script::default()).await;
