@@ -346,7 +346,6 @@ async fn start(isolation: Isolation) -> (HouseHandle, JoinHandle<()>) {
         plan,
         factory: Arc::new(Workers::new(None).expecting(usize::MAX)),
         inventory: Box::new(SimInventory::new(Vec::new()).0),
-        poll: None,
         seed: 1,
     };
     HouseHandle::start(args).await.expect("the root starts")

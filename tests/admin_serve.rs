@@ -5,7 +5,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -236,6 +236,39 @@ fn the_first_signal_drains_and_the_exit_code_is_0() {
         stage.wait_for("STOPPING");
         assert_eq!(host.end().code(), Some(0), "{signal:?}");
     }
+}
+
+/// The first signal lets a stream go on, for a minute if need be; the second ends it with an error that says so.
+#[test]
+fn a_second_signal_ends_open_streams_now() {
+    let stage = Stage::new(&["one"]);
+    let socket = stage.path("http.sock");
+    let text = std::fs::read_to_string(stage.path("house.toml")).expect("there is one");
+    let host = format!("drain = \"60s\"\nhttp_socket = \"{}\"", socket.display());
+    std::fs::write(stage.path("house.toml"), text.replace("drain = \"5s\"", &host)).expect("writable");
+    let mut host = stage.serve_faulty("slow-step=100");
+    stage.wait_for("READY");
+    let mut client = UnixStream::connect(&socket).expect("it listens");
+    client.set_read_timeout(Some(DEADLINE)).expect("settable");
+    let body = r#"{"model": "one", "prompt": "autumn", "max_tokens": 200, "stream": true, "ignore_eos": true}"#;
+    write!(
+        client,
+        "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
+         content-length: {}\r\nconnection: close\r\n\r\n{body}",
+        body.len()
+    )
+    .expect("it reads");
+    let mut lines = BufReader::new(client).lines().map(|line| line.expect("it writes in time"));
+    let mut next = |words: &str| lines.by_ref().find(|line| line.contains(words));
+    assert!(next("data: ").is_some(), "no token comes");
+    let begun = Instant::now();
+    host.signal(Signal::TERM);
+    stage.wait_for("STOPPING");
+    assert!(next("data: ").is_some(), "the stream goes on");
+    host.signal(Signal::TERM);
+    assert!(next("\"draining\"").is_some(), "the stream ends without a word");
+    assert_eq!(host.end().code(), Some(0));
+    assert!(begun.elapsed() < Duration::from_secs(15), "200 steps take twenty: {:?}", begun.elapsed());
 }
 
 #[test]

@@ -9,6 +9,7 @@
 //!     +-- a model that cannot be loaded: that replica is given up, the device is not
 //! ```
 
+use crate::ask::ask;
 use crate::events::{Clock, EventBus};
 use crate::house::HouseMsg;
 use crate::inventory::{DeviceId, HealthKind};
@@ -268,6 +269,7 @@ impl DeviceState {
                 match ladder::next(placed.spec.kv_bytes, placed.kv_min_bytes, *requested, *free) {
                     ladder::Step::Shrink { kv_bytes } => {
                         placed.spec.kv_bytes = kv_bytes;
+                        self.tell_house(HouseMsg::Shrunk { replica: replica.clone(), kv_bytes });
                         self.rung(replica, Rung::ShrinkKv, 1);
                         self.decide(index, end.end());
                     }
@@ -441,21 +443,13 @@ impl DeviceState {
         tokio::spawn(async move {
             for (unknown, actor) in actors {
                 let known = match actor {
-                    Some(actor) => ractor::rpc::call(&actor, ModelMsg::Status, Some(STATUS_TIMEOUT)).await.ok(),
+                    Some(actor) => ask(&actor, ModelMsg::Status, Some(STATUS_TIMEOUT)).await,
                     None => None,
                 };
-                status.replicas.push(known.and_then(answer).unwrap_or(unknown));
+                status.replicas.push(known.unwrap_or(unknown));
             }
             let _ = reply.send(status);
         });
-    }
-}
-
-/// What a call brought, if anything.
-pub(crate) fn answer<T>(result: ractor::rpc::CallResult<T>) -> Option<T> {
-    match result {
-        ractor::rpc::CallResult::Success(value) => Some(value),
-        ractor::rpc::CallResult::Timeout | ractor::rpc::CallResult::SenderError => None,
     }
 }
 
@@ -483,7 +477,7 @@ impl Child {
 async fn stop_child(child: Child) {
     if let Some(actor) = child.actor {
         // An actor that died meanwhile has killed its worker; the slot says when that is over.
-        let _ = ractor::rpc::call(&actor, ModelMsg::Stop, None).await;
+        let _ = ask(&actor, ModelMsg::Stop, None).await;
         actor.stop(None);
     }
     // Never closed.

@@ -14,36 +14,31 @@
 //!     \-- actors fail too often: GaveUp, [Stopped]
 //! ```
 
-use crate::device_supervisor::{DeviceArgs, DeviceMsg, DeviceSupervisor, Placed, answer};
-use crate::engine::RequestId;
-use crate::event_log::EventLog;
+mod change;
+mod children;
+mod handle;
+
+pub use change::Applied;
+pub use handle::HouseHandle;
+
+use crate::ask::ask;
+use crate::device_supervisor::DeviceMsg;
 use crate::events::{Clock, EventBus};
 use crate::inventory::{Device, DeviceId, HealthEvent, Inventory};
-use crate::inventory_actor::{InventoryActor, InventoryArgs, InventoryMsg};
+use crate::inventory_actor::InventoryMsg;
 use crate::link::WorkerFactory;
-use crate::messages::{Drained, Generate, HouseEvent, HouseStatus, Refusal, ReplicaId, WorkerSpec};
-use crate::model::ModelMsg;
-use crate::policy::ladder::RungCounts;
-use crate::policy::mix;
+use crate::messages::{HouseEvent, HouseStatus, ReplicaId};
 use crate::policy::placement::Plan;
-use crate::policy::restart::{Decision, End, RestartRecord};
-use crate::router::{Router, RouterArgs, RouterHandle, RouterMsg};
-use crate::stream::TokenStream;
-use playhouse_config::checked::Isolation;
-use playhouse_config::{Config, Model, Supervision};
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, ActorStatus, RpcReplyPort, SpawnErr, SupervisionEvent};
+use crate::policy::restart::RestartRecord;
+use crate::router::{RouterHandle, RouterMsg};
+use change::{Change, Removal, placed_of};
+use children::DeviceChild;
+use handle::STATUS_TIMEOUT;
+use playhouse_config::Config;
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::sync::broadcast;
-use tokio::task::JoinHandle;
-use tokio::time::Instant;
-
-/// How long an actor may take to say how it is.
-const STATUS_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How often it is looked whether there is a router again.
-const ROUTER_LOOK: Duration = Duration::from_millis(20);
 
 /// What the house is told.
 #[derive(Debug)]
@@ -51,8 +46,17 @@ pub enum HouseMsg {
     /// The configuration changed; the plan is made for it. Answered when everything old is gone and everything new is
     /// started (not: loaded).
     Apply(Box<Config>, Plan, RpcReplyPort<Applied>),
+    /// Answered with what [`HouseMsg::Apply`] would do.
+    Preview(Box<Config>, Plan, RpcReplyPort<Applied>),
     /// A device reports.
     Health(HealthEvent),
+    /// A replica goes on with less memory for KV than was planned.
+    Shrunk {
+        /// Which.
+        replica: ReplicaId,
+        /// Bytes it has now.
+        kv_bytes: u64,
+    },
     /// A device was given up, or taken back.
     Quarantined {
         /// Which.
@@ -89,17 +93,6 @@ pub enum Part {
     Device(DeviceId),
 }
 
-/// What [`HouseMsg::Apply`] did.
-#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Applied {
-    /// Replicas that were not touched: their actors, KV and streams are the same.
-    pub kept: Vec<ReplicaId>,
-    /// Replicas that were started.
-    pub started: Vec<ReplicaId>,
-    /// Replicas that were stopped.
-    pub stopped: Vec<ReplicaId>,
-}
-
 /// What a house is made of.
 pub struct HouseArgs {
     /// The configuration.
@@ -110,140 +103,8 @@ pub struct HouseArgs {
     pub factory: Arc<dyn WorkerFactory>,
     /// Knows the devices.
     pub inventory: Box<dyn Inventory>,
-    /// How often to look at the devices; `None` looks only when asked.
-    pub poll: Option<Duration>,
     /// Makes the jitter of restarts.
     pub seed: u64,
-}
-
-/// A running tree. Cheap to clone; the tree goes on when all handles are gone, until it is stopped.
-#[derive(Debug, Clone)]
-pub struct HouseHandle {
-    actor: ActorRef<HouseMsg>,
-    router: RouterHandle,
-    events: EventBus,
-}
-
-impl HouseHandle {
-    /// Starts the tree. Workers load in the background. The join handle ends with the tree.
-    ///
-    /// # Errors
-    /// If the root actor could not be started.
-    pub async fn start(args: HouseArgs) -> Result<(Self, JoinHandle<()>), SpawnErr> {
-        let (router, events) = (RouterHandle::default(), EventBus::new());
-        let start = HouseStart { args, router: router.clone(), events: events.clone() };
-        let (actor, root) = ractor::Actor::spawn(None, House, start).await?;
-        let closing = router.clone();
-        let join = tokio::spawn(async move {
-            // A root that fails is not asked to clean up: the streams of its clients would never end.
-            let _ = root.await;
-            closing.close();
-        });
-        Ok((Self { actor, router, events }, join))
-    }
-
-    /// Asks for a stream.
-    ///
-    /// # Errors
-    /// [`Refusal`]; nothing was accepted.
-    pub async fn generate(&self, request: Generate) -> Result<TokenStream, Refusal> {
-        self.router.generate(request).await
-    }
-
-    /// Ends a request. One that has ended already is ignored.
-    pub fn cancel(&self, id: RequestId) {
-        self.router.cancel(id);
-    }
-
-    /// The root actor, for raw messages.
-    pub fn actor(&self) -> &ActorRef<HouseMsg> {
-        &self.actor
-    }
-
-    /// The router, for raw messages.
-    pub fn router(&self) -> &RouterHandle {
-        &self.router
-    }
-
-    /// The actors that serve a model, by its own name, for raw messages.
-    pub async fn replicas(&self, model: &str) -> Vec<(ReplicaId, ActorRef<ModelMsg>)> {
-        let Some(router) = self.router.current() else { return Vec::new() };
-        let message = |reply| RouterMsg::Replicas(model.to_owned(), reply);
-        ractor::rpc::call(&router, message, Some(STATUS_TIMEOUT)).await.ok().and_then(answer).unwrap_or_default()
-    }
-
-    /// News from now on. A listener that is too slow loses the oldest.
-    pub fn listen(&self) -> broadcast::Receiver<HouseEvent> {
-        self.events.listen()
-    }
-
-    /// What happened since the tree was started.
-    pub fn log(&self) -> &EventLog {
-        self.events.log()
-    }
-
-    /// How everything is; `None` once the tree has ended.
-    pub async fn status(&self) -> Option<HouseStatus> {
-        ractor::rpc::call(&self.actor, HouseMsg::Status, Some(STATUS_TIMEOUT)).await.ok().and_then(answer)
-    }
-
-    /// The devices now; empty once the tree has ended.
-    pub async fn devices(&self) -> Vec<Device> {
-        let listed = ractor::rpc::call(&self.actor, HouseMsg::Devices, Some(STATUS_TIMEOUT)).await;
-        listed.ok().and_then(answer).unwrap_or_default()
-    }
-
-    /// Goes over to another configuration; `None` once the tree has ended.
-    pub async fn apply(&self, config: Config, plan: Plan) -> Option<Applied> {
-        let message = |reply| HouseMsg::Apply(Box::new(config), plan, reply);
-        ractor::rpc::call(&self.actor, message, None).await.ok().and_then(answer)
-    }
-
-    /// Ends the workers of a model and starts others. How many replicas it has.
-    pub async fn restart_model(&self, model: &str) -> u32 {
-        let message = |reply| HouseMsg::RestartModel(model.to_owned(), reply);
-        ractor::rpc::call(&self.actor, message, Some(STATUS_TIMEOUT)).await.ok().and_then(answer).unwrap_or(0)
-    }
-
-    /// Takes a device back from quarantine, or ends its workers and starts others. Whether there is such a device.
-    pub async fn restart_device(&self, device: &DeviceId) -> bool {
-        let message = |reply| HouseMsg::RestartDevice(device.clone(), reply);
-        ractor::rpc::call(&self.actor, message, Some(STATUS_TIMEOUT)).await.ok().and_then(answer).unwrap_or(false)
-    }
-
-    /// Takes no more requests and waits until the open ones have ended, or ends them when the time is up. The tree goes on,
-    /// and takes no requests, until it is stopped or [`HouseHandle::undrain`] is called.
-    pub async fn drain(&self, deadline: Duration) -> Drained {
-        let until = Instant::now() + deadline;
-        while self.actor.get_status() < ActorStatus::Stopping {
-            if let Some(router) = self.router.current() {
-                let deadline = until.saturating_duration_since(Instant::now());
-                let message = |reply| RouterMsg::Drain { deadline, reply };
-                if let Some(drained) = ractor::rpc::call(&router, message, None).await.ok().and_then(answer) {
-                    return drained;
-                }
-            }
-            // That router died; the next one is there in a moment.
-            tokio::time::sleep(ROUTER_LOOK).await;
-        }
-        Drained::Empty { ended: 0 }
-    }
-
-    /// Takes requests again after a drain, or in the middle of one. Whether there was one.
-    pub async fn undrain(&self) -> bool {
-        let Some(router) = self.router.current() else { return false };
-        ractor::rpc::call(&router, RouterMsg::Undrain, Some(STATUS_TIMEOUT))
-            .await
-            .ok()
-            .and_then(answer)
-            .unwrap_or(false)
-    }
-
-    /// Ends the tree: every worker is gone when this returns.
-    pub async fn stop(&self) {
-        // A tree that has ended is stopped.
-        let _ = ractor::rpc::call(&self.actor, HouseMsg::Stop, None).await;
-    }
 }
 
 /// The root actor.
@@ -262,7 +123,6 @@ pub struct HouseState {
     config: Config,
     factory: Arc<dyn WorkerFactory>,
     inventory: Arc<Mutex<Box<dyn Inventory>>>,
-    poll: Option<Duration>,
     seed: u64,
     me: ActorRef<HouseMsg>,
     router: RouterHandle,
@@ -270,29 +130,12 @@ pub struct HouseState {
     clock: Clock,
     /// Failures of the house's own children, which are bugs: the same limits as a device has.
     record: RestartRecord,
-    router_cell: Option<ActorCell>,
     inventory_actor: Option<ActorRef<InventoryMsg>>,
     devices: BTreeMap<DeviceId, DeviceChild>,
     /// Changes are made one after the other; these wait for the one in progress.
     applying: bool,
     changes: VecDeque<(Config, Plan, RpcReplyPort<Applied>)>,
     stopping: bool,
-}
-
-struct DeviceChild {
-    actor: Option<ActorRef<DeviceMsg>>,
-    placed: Vec<Placed>,
-    quarantined: Option<String>,
-    /// Its failures, which outlive its supervisor.
-    record: Arc<Mutex<RestartRecord>>,
-    /// What was given up on it for want of memory; likewise.
-    oom: Arc<Mutex<RungCounts>>,
-}
-
-impl DeviceChild {
-    fn new(placed: Vec<Placed>, record: Arc<Mutex<RestartRecord>>) -> Self {
-        Self { actor: None, placed, quarantined: None, record, oom: Arc::default() }
-    }
 }
 
 impl Actor for House {
@@ -307,13 +150,11 @@ impl Actor for House {
             config: args.config,
             factory: args.factory,
             inventory: Arc::new(Mutex::new(args.inventory)),
-            poll: args.poll,
             seed: args.seed,
             me,
             router,
             events,
             clock: Clock::start(),
-            router_cell: None,
             inventory_actor: None,
             devices: BTreeMap::new(),
             applying: false,
@@ -322,11 +163,10 @@ impl Actor for House {
         };
         state.spawn_inventory().await;
         state.spawn_router().await;
-        for (device, placed) in placed_of(&state.config, &args.plan) {
-            let record = record_of(&state.config.supervision, state.seed, &device);
-            state.devices.insert(device.clone(), DeviceChild::new(placed, record));
-            state.spawn_device(&device).await;
+        for placed in placed_of(&state.config, &args.plan) {
+            state.child(&placed.spec.device).placed.push(placed);
         }
+        state.spawn_missing_devices().await;
         Ok(state)
     }
 
@@ -345,7 +185,12 @@ impl Actor for House {
                 state.applying = false;
                 state.apply_next().await;
             }
+            HouseMsg::Preview(config, plan, reply) => {
+                // Who asked may be gone.
+                let _ = reply.send(state.change_to(&config, &plan).applied);
+            }
             HouseMsg::Health(event) => state.health(&event),
+            HouseMsg::Shrunk { replica, kv_bytes } => state.shrunk(&replica, kv_bytes),
             HouseMsg::Quarantined { device, reason } => state.quarantined(&device, reason),
             HouseMsg::RestartModel(model, reply) => {
                 let _ = reply.send(state.restart_model(&model));
@@ -391,118 +236,6 @@ impl Actor for House {
 }
 
 impl HouseState {
-    async fn spawn_inventory(&mut self) {
-        let args = InventoryArgs {
-            inventory: self.inventory.clone(),
-            poll: self.poll,
-            house: self.me.clone(),
-            events: self.events.clone(),
-        };
-        match ractor::Actor::spawn_linked(None, InventoryActor, args, self.me.get_cell()).await {
-            Ok((actor, _)) => self.inventory_actor = Some(actor),
-            Err(error) => self.part_failed(Part::Inventory, &error.to_string()),
-        }
-    }
-
-    async fn spawn_router(&mut self) {
-        let args = RouterArgs {
-            models: self.config.models.clone(),
-            limits: self.config.host.limits.clone(),
-            handle: self.router.clone(),
-            events: self.events.clone(),
-            clock: self.clock,
-        };
-        match ractor::Actor::spawn_linked(None, Router, args, self.me.get_cell()).await {
-            Ok((actor, _)) => {
-                self.router_cell = Some(actor.get_cell());
-                self.router.install(Some(actor));
-                self.tell_devices(|| DeviceMsg::Announce);
-            }
-            Err(error) => self.part_failed(Part::Router, &error.to_string()),
-        }
-    }
-
-    async fn spawn_device(&mut self, device: &DeviceId) {
-        let Some(child) = self.devices.get(device) else { return };
-        let args = DeviceArgs {
-            device: device.clone(),
-            placed: child.placed.clone(),
-            supervision: self.config.supervision.clone(),
-            limits: self.config.host.limits.clone(),
-            factory: self.factory.clone(),
-            router: self.router.clone(),
-            events: self.events.clone(),
-            clock: self.clock,
-            house: self.me.clone(),
-            quarantined: child.quarantined.clone(),
-            record: child.record.clone(),
-            oom: child.oom.clone(),
-        };
-        match ractor::Actor::spawn_linked(None, DeviceSupervisor, args, self.me.get_cell()).await {
-            Ok((actor, _)) => {
-                if let Some(child) = self.devices.get_mut(device) {
-                    child.actor = Some(actor);
-                }
-            }
-            Err(error) => self.part_failed(Part::Device(device.clone()), &error.to_string()),
-        }
-    }
-
-    fn tell_devices(&self, message: impl Fn() -> DeviceMsg) {
-        for actor in self.devices.values().filter_map(|child| child.actor.as_ref()) {
-            // One that is gone is respawned by its supervision event.
-            let _ = actor.send_message(message());
-        }
-    }
-
-    async fn respawn(&mut self, part: &Part) {
-        if self.stopping {
-            return;
-        }
-        match part {
-            Part::Inventory => self.spawn_inventory().await,
-            Part::Router => self.spawn_router().await,
-            Part::Device(device) => self.spawn_device(device).await,
-        }
-    }
-
-    /// Finds out which child it was and has it started again; false when that happened too often.
-    fn child_failed(&mut self, actor: &ActorCell, reason: &str) -> bool {
-        let id = actor.get_id();
-        let part = if self.router_cell.as_ref().is_some_and(|cell| cell.get_id() == id) {
-            self.router.install(None);
-            self.router_cell = None;
-            Part::Router
-        } else if self.inventory_actor.as_ref().is_some_and(|actor| actor.get_id() == id) {
-            self.inventory_actor = None;
-            Part::Inventory
-        } else {
-            let is_it = |child: &&mut DeviceChild| child.actor.as_ref().is_some_and(|actor| actor.get_id() == id);
-            let Some(child) = self.devices.values_mut().find(is_it) else { return true };
-            child.actor = None;
-            let found = self.devices.iter().find(|(_, child)| child.actor.is_none());
-            let Some((device, _)) = found else { return true };
-            Part::Device(device.clone())
-        };
-        self.part_failed(part, reason);
-        !self.record.is_quarantined()
-    }
-
-    fn part_failed(&mut self, part: Part, reason: &str) {
-        let actor = format!("{part:?}");
-        self.events.tell(HouseEvent::ActorRestarted { actor: actor.clone(), reason: reason.to_owned() });
-        match self.record.on_end(End::Failure, self.clock.now()) {
-            Decision::RestartAfter(delay) => {
-                self.me.send_after(delay, move || HouseMsg::Respawn(part));
-            }
-            Decision::Leave | Decision::Quarantine => {
-                self.record.quarantine();
-                let reason = format!("{actor} failed too often: {reason}");
-                self.events.tell(HouseEvent::GaveUp { reason });
-            }
-        }
-    }
-
     fn health(&self, event: &HealthEvent) {
         for (device, child) in &self.devices {
             let concerns = event.uuid.as_ref().is_none_or(|uuid| device.as_str() == uuid);
@@ -551,10 +284,9 @@ impl HouseState {
     fn list_devices(&self, reply: RpcReplyPort<Vec<Device>>) {
         let Some(actor) = self.inventory_actor.clone() else { return };
         tokio::spawn(async move {
-            let listed = ractor::rpc::call(&actor, InventoryMsg::Devices, Some(STATUS_TIMEOUT)).await;
-            let devices = listed.ok().and_then(answer).and_then(Result::ok);
+            let listed = ask(&actor, InventoryMsg::Devices, Some(STATUS_TIMEOUT)).await;
             // Who asked may be gone.
-            let _ = reply.send(devices.unwrap_or_default());
+            let _ = reply.send(listed.and_then(Result::ok).unwrap_or_default());
         });
     }
 
@@ -568,70 +300,43 @@ impl HouseState {
         }
     }
 
+    fn change_to(&self, config: &Config, plan: &Plan) -> Change {
+        Change::between(self.devices.values().flat_map(|child| &child.placed), config, plan)
+    }
+
     /// Goes over to `config`: replicas that are to be as they are stay as they are.
     async fn apply(&mut self, config: Config, plan: &Plan, reply: RpcReplyPort<Applied>) {
-        let wanted = placed_of(&config, plan);
-        let mut applied = Applied::default();
-        let mut removals: Vec<(DeviceId, ReplicaId, bool)> = Vec::new();
-        for (device, child) in &mut self.devices {
-            let here = wanted.get(device).map_or(&[][..], Vec::as_slice);
-            child.placed.retain(|old| {
-                let replica = old.spec.replica.clone();
-                if here.iter().any(|new| is_same(old, new, config.model(&replica.model))) {
-                    applied.kept.push(replica);
-                    return true;
-                }
-                let returning = wanted.values().flatten().any(|new| new.spec.replica == replica);
-                removals.push((device.clone(), replica.clone(), returning));
-                applied.stopped.push(replica);
-                false
-            });
+        let change = self.change_to(&config, plan);
+        self.configure(config);
+        for child in self.devices.values_mut() {
+            child.placed.retain(|old| change.applied.kept.contains(&old.spec.replica));
         }
-        let mut placements: Vec<(DeviceId, Placed)> = Vec::new();
-        for (device, placed) in wanted {
-            let record = record_of(&config.supervision, self.seed, &device);
-            let empty = || DeviceChild::new(Vec::new(), record);
-            self.devices.entry(device.clone()).or_insert_with(empty);
-            for new in placed.into_iter().filter(|new| !applied.kept.contains(&new.spec.replica)) {
-                applied.started.push(new.spec.replica.clone());
-                placements.push((device.clone(), new.clone()));
-            }
+        for new in &change.placements {
+            self.child(&new.spec.device);
         }
-        self.config = config;
-        let (models, limits) = (self.config.models.clone(), self.config.host.limits.clone());
-        self.record.set_policy(self.config.supervision.clone());
-        self.router.tell(RouterMsg::Configure { models, limits: limits.clone() });
-        let supervision = self.config.supervision.clone();
+        self.spawn_missing_devices().await;
+        // A supervisor starts what it is given at its own start; of the rest it is told when everything old is gone.
+        for new in &change.placements {
+            self.child(&new.spec.device).placed.push(new.clone());
+        }
+        let actors = self.devices.iter().filter_map(|(device, child)| Some((device.clone(), child.actor.clone()?)));
+        tokio::spawn(carry_out(change, actors.collect(), self.me.clone(), reply));
+    }
+
+    fn configure(&mut self, config: Config) {
+        let (supervision, limits) = (config.supervision.clone(), config.host.limits.clone());
+        self.record.set_policy(supervision.clone());
+        self.router.tell(RouterMsg::Configure { models: config.models.clone(), limits: limits.clone() });
         self.tell_devices(|| DeviceMsg::Configure(supervision.clone(), limits.clone()));
-        let missing: Vec<DeviceId> =
-            self.devices.iter().filter(|(_, child)| child.actor.is_none()).map(|(device, _)| device.clone()).collect();
-        for device in missing {
-            self.spawn_device(&device).await;
+        self.config = config;
+    }
+
+    /// So a later change leaves the replica alone, and a new supervisor does not begin with what did not fit.
+    fn shrunk(&mut self, replica: &ReplicaId, kv_bytes: u64) {
+        let mut placed = self.devices.values_mut().flat_map(|child| &mut child.placed);
+        if let Some(placed) = placed.find(|placed| placed.spec.replica == *replica) {
+            placed.spec.kv_bytes = kv_bytes;
         }
-        for (device, placed) in &placements {
-            if let Some(child) = self.devices.get_mut(device) {
-                child.placed.push(placed.clone());
-            }
-        }
-        let actors: BTreeMap<DeviceId, ActorRef<DeviceMsg>> =
-            self.devices.iter().filter_map(|(device, child)| Some((device.clone(), child.actor.clone()?))).collect();
-        let me = self.me.clone();
-        tokio::spawn(async move {
-            for (device, replica, returning) in removals {
-                let Some(actor) = actors.get(&device) else { continue };
-                let message = |reply| DeviceMsg::Remove { replica, returning, reply };
-                // One that is gone has nothing left to remove.
-                let _ = ractor::rpc::call(actor, message, None).await;
-            }
-            for (device, placed) in placements {
-                if let Some(actor) = actors.get(&device) {
-                    let _ = actor.send_message(DeviceMsg::Place(placed));
-                }
-            }
-            // Who asked may be gone, and the tree may have ended.
-            let _ = me.send_message(HouseMsg::ApplyDone);
-            let _ = reply.send(applied);
-        });
     }
 
     fn stop(&mut self, reply: RpcReplyPort<()>) {
@@ -641,12 +346,12 @@ impl HouseState {
         tokio::spawn(async move {
             if let Some(router) = router.current() {
                 let message = |reply| RouterMsg::Drain { deadline: Duration::ZERO, reply };
-                let _ = ractor::rpc::call(&router, message, Some(STATUS_TIMEOUT)).await;
+                let _ = ask(&router, message, Some(STATUS_TIMEOUT)).await;
             }
             // All devices at once; on each, the replicas one by one.
             let stops: Vec<_> = devices
                 .into_iter()
-                .map(|device| tokio::spawn(async move { ractor::rpc::call(&device, DeviceMsg::Stop, None).await }))
+                .map(|device| tokio::spawn(async move { ask(&device, DeviceMsg::Stop, None).await }))
                 .collect();
             for stop in stops {
                 // One that failed has killed its workers with its links.
@@ -663,12 +368,10 @@ impl HouseState {
         tokio::spawn(async move {
             let mut status = HouseStatus { devices: Vec::new(), router: None, uptime };
             for device in devices {
-                let asked = ractor::rpc::call(&device, DeviceMsg::Status, Some(STATUS_TIMEOUT)).await;
-                status.devices.extend(asked.ok().and_then(answer));
+                status.devices.extend(ask(&device, DeviceMsg::Status, Some(STATUS_TIMEOUT)).await);
             }
             if let Some(router) = router {
-                let asked = ractor::rpc::call(&router, RouterMsg::Status, Some(STATUS_TIMEOUT)).await;
-                status.router = asked.ok().and_then(answer);
+                status.router = ask(&router, RouterMsg::Status, Some(STATUS_TIMEOUT)).await;
             }
             // Who asked may be gone.
             let _ = reply.send(status);
@@ -676,64 +379,24 @@ impl HouseState {
     }
 }
 
-/// A device's record of failures; the seed makes the jitter of its restarts.
-fn record_of(policy: &Supervision, seed: u64, device: &DeviceId) -> Arc<Mutex<RestartRecord>> {
-    let seed = device.as_str().bytes().fold(seed, |seed, byte| mix(seed ^ u64::from(byte)));
-    Arc::new(Mutex::new(RestartRecord::new(policy.clone(), seed)))
-}
-
-/// What going over from one configuration with its plan to another would do.
-pub fn preview(old: (&Config, &Plan), new: (&Config, &Plan)) -> Applied {
-    let (running, wanted) = (placed_of(old.0, old.1), placed_of(new.0, new.1));
-    let mut applied = Applied::default();
-    for (device, placed) in &running {
-        for here in placed {
-            let there = wanted.get(device).map_or(&[][..], Vec::as_slice);
-            let model = new.0.model(&here.spec.replica.model);
-            let kept = there.iter().any(|wanted| is_same(here, wanted, model));
-            let list = if kept { &mut applied.kept } else { &mut applied.stopped };
-            list.push(here.spec.replica.clone());
+/// Ends what is to end, then starts what is new.
+async fn carry_out(
+    change: Change,
+    actors: BTreeMap<DeviceId, ActorRef<DeviceMsg>>,
+    house: ActorRef<HouseMsg>,
+    reply: RpcReplyPort<Applied>,
+) {
+    for Removal { device, replica, returning } in change.removals {
+        let Some(actor) = actors.get(&device) else { continue };
+        // One that is gone has nothing left to remove.
+        let _ = ask(actor, |reply| DeviceMsg::Remove { replica, returning, reply }, None).await;
+    }
+    for placed in change.placements {
+        if let Some(actor) = actors.get(&placed.spec.device) {
+            let _ = actor.send_message(DeviceMsg::Place(placed));
         }
     }
-    let started = wanted.into_values().flatten().map(|placed| placed.spec.replica);
-    applied.started = started.filter(|replica| !applied.kept.contains(replica)).collect();
-    applied
-}
-
-/// Whether a replica that runs may go on as the one that is wanted. If the planner chose its memory for KV, it may go on
-/// with less than it could have now, but not with more: somebody else is to have that.
-fn is_same(old: &Placed, new: &Placed, model: Option<&Model>) -> bool {
-    let planned = model.is_some_and(|model| model.kv_budget_bytes.is_none());
-    let kv_fits = if planned { old.spec.kv_bytes <= new.spec.kv_bytes } else { old.spec.kv_bytes == new.spec.kv_bytes };
-    kv_fits && old.spec == WorkerSpec { kv_bytes: old.spec.kv_bytes, ..new.spec.clone() }
-}
-
-/// What is to run where.
-fn placed_of(config: &Config, plan: &Plan) -> BTreeMap<DeviceId, Vec<Placed>> {
-    let mut placed: BTreeMap<DeviceId, Vec<Placed>> = BTreeMap::new();
-    for (device, placement) in plan.placements() {
-        let Some(model) = config.model(&placement.model) else { continue };
-        let isolation = match (model.isolation, device.is_cpu()) {
-            (Isolation::Auto, true) => Isolation::Thread,
-            (Isolation::Auto, false) => Isolation::Process,
-            (chosen, _) => chosen,
-        };
-        let spec = WorkerSpec {
-            replica: ReplicaId { model: model.name.clone(), index: placement.replica },
-            incarnation: 0,
-            device: device.clone(),
-            source: model.source.clone(),
-            kv_bytes: placement.kv_bytes,
-            memory_bytes_max: placement.limit_bytes,
-            kv_type: model.kv_type,
-            context: model.context,
-            max_sequences: model.max_sequences,
-            max_batch_tokens: model.max_batch_tokens,
-            isolation,
-            heartbeat: config.supervision.heartbeat,
-        };
-        let kv_min_bytes = placement.kv_min_bytes;
-        placed.entry(device.clone()).or_default().push(Placed { spec, kv_min_bytes });
-    }
-    placed
+    // Who asked may be gone, and the tree may have ended.
+    let _ = house.send_message(HouseMsg::ApplyDone);
+    let _ = reply.send(change.applied);
 }

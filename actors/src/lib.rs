@@ -39,6 +39,7 @@ pub mod journal;
 mod trace;
 pub mod stream;
 
+mod ask;
 pub mod device_supervisor;
 pub mod event_log;
 pub mod events;

@@ -12,34 +12,32 @@
 //!   Unavailable: whoever waits fails, new requests are refused.
 //! ```
 
-use crate::engine::{EngineRequest, RequestError, RequestId};
+mod drain;
+mod handle;
+mod service;
+
+pub use handle::RouterHandle;
+
+use crate::engine::{EngineRequest, RequestId};
 use crate::events::{Clock, EventBus};
 use crate::journal::{Entry, Open, Ticket, tokens_max};
 use crate::messages::{
-    Drained, Failure, Generate, HouseEvent, Refusal, ReplicaId, RequestCounters, RouterStatus, ServiceStatus, Terminal,
+    Drained, Failure, Generate, HouseEvent, Refusal, ReplicaId, RequestCounters, RouterStatus, Terminal,
 };
 use crate::model::ModelMsg;
-use crate::policy::admission::{Admission, AdmissionLimits};
-use crate::policy::routing::{Candidate, choose};
+use crate::policy::admission::AdmissionLimits;
 use crate::stream::{StreamSender, TokenStream};
+use drain::Draining;
 use playhouse_config::{Limits, Model};
 use ractor::{Actor, ActorProcessingErr, ActorRef, MessagingErr, RpcReplyPort};
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use service::{ReplicaState, Service};
+use std::collections::BTreeMap;
 use std::time::Duration;
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tracing::Span;
 
-/// Requests that may wait in the router's mailbox; ractor's mailboxes have no bound of their own.
-const INBOX_MAX: usize = 4096;
 /// How often deadlines of waiting requests are looked at.
 const TICK: Duration = Duration::from_millis(250);
-/// For replicas to tell a new router what they have.
-const SETTLING: Duration = Duration::from_secs(1);
-/// What a client is told while a model loads for the first time.
-const LOADING_RETRY_AFTER: Duration = Duration::from_secs(5);
 
 /// What the router is told.
 #[derive(Debug)]
@@ -133,141 +131,6 @@ pub enum Concluded {
     Cancelled,
 }
 
-/// Speaks to the router, whichever it is: it outlives a restart of the router.
-#[derive(Debug, Clone, Default)]
-pub struct RouterHandle {
-    shared: Arc<Shared>,
-}
-
-#[derive(Debug)]
-struct Shared {
-    /// Who is the router now: a name, not a table.
-    current: RwLock<Option<ActorRef<RouterMsg>>>,
-    /// What came while there was no router and must not be lost: tickets. `None` when no router comes any more.
-    parked: Mutex<Option<Vec<RouterMsg>>>,
-    next_id: AtomicU64,
-    inbox: Arc<Semaphore>,
-    /// Until when a drain lets requests go on: what the next router must know, too.
-    draining: Mutex<Option<Instant>>,
-}
-
-impl Default for Shared {
-    fn default() -> Self {
-        Self {
-            current: RwLock::new(None),
-            parked: Mutex::new(Some(Vec::new())),
-            next_id: AtomicU64::new(1),
-            inbox: Arc::new(Semaphore::new(INBOX_MAX)),
-            draining: Mutex::new(None),
-        }
-    }
-}
-
-impl RouterHandle {
-    /// Asks for a stream.
-    ///
-    /// # Errors
-    /// [`Refusal`]; nothing was accepted.
-    pub async fn generate(&self, request: Generate) -> Result<TokenStream, Refusal> {
-        self.generate_on(request, None).await
-    }
-
-    pub(crate) async fn generate_on(
-        &self,
-        request: Generate,
-        prefer: Option<ReplicaId>,
-    ) -> Result<TokenStream, Refusal> {
-        let _room = self.shared.inbox.try_acquire().map_err(|_| Refusal::Overloaded)?;
-        let (reply, answer) = ractor::concurrency::oneshot();
-        let Some(router) = self.current() else { return Err(Refusal::RouterLost) };
-        match router.send_message(RouterMsg::Generate { request, prefer, span: Span::current(), reply: reply.into() }) {
-            Ok(()) => answer.await.unwrap_or(Err(Refusal::RouterLost)),
-            Err(_) => Err(Refusal::RouterLost),
-        }
-    }
-
-    /// Ends a request. One that has ended already is none of anybody's business.
-    pub fn cancel(&self, id: RequestId) {
-        self.tell(RouterMsg::Cancel(id));
-    }
-
-    /// The router's actor now, for raw messages.
-    pub fn current(&self) -> Option<ActorRef<RouterMsg>> {
-        self.shared.current.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Tells the router, if there is one.
-    pub(crate) fn tell(&self, message: RouterMsg) {
-        if let Some(router) = self.current() {
-            // A router that is gone is replaced, and told everything again by those who know.
-            let _ = router.send_message(message);
-        }
-    }
-
-    /// Tells the router, or the next one if there is none now.
-    pub(crate) fn post(&self, message: RouterMsg) {
-        let refused = match self.current() {
-            Some(router) => match router.send_message(message) {
-                Err(MessagingErr::SendErr(message)) => Some(message),
-                _ => None,
-            },
-            None => Some(message),
-        };
-        let Some(message) = refused else { return };
-        if let Some(parked) = &mut *self.parked() {
-            return parked.push(message);
-        }
-        self.end(message);
-    }
-
-    fn parked(&self) -> MutexGuard<'_, Option<Vec<RouterMsg>>> {
-        self.shared.parked.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// No router comes any more: the client of a ticket learns it.
-    fn end(&self, message: RouterMsg) {
-        if let RouterMsg::Returned(open) = message {
-            Ticket::reopen(open, self.clone()).conclude(Terminal::Failed(Failure::Draining));
-        }
-    }
-
-    pub(crate) fn concluded(&self, id: RequestId, terminal: &Terminal) {
-        let outcome = match terminal {
-            Terminal::Completed { .. } | Terminal::Embedded { .. } => Concluded::Completed,
-            Terminal::Failed(Failure::Poison { .. }) => Concluded::Poisoned,
-            Terminal::Failed(_) => Concluded::Failed,
-            Terminal::Cancelled => Concluded::Cancelled,
-        };
-        self.tell(RouterMsg::Concluded { id, outcome });
-    }
-
-    /// Makes `router` the one; what was parked goes to it.
-    pub(crate) fn install(&self, router: Option<ActorRef<RouterMsg>>) {
-        *self.shared.current.write().unwrap_or_else(PoisonError::into_inner) = router.clone();
-        if router.is_none() {
-            return;
-        }
-        let parked = self.parked().as_mut().map(std::mem::take);
-        parked.into_iter().flatten().for_each(|message| self.post(message));
-    }
-
-    /// The host ends, in peace or by a failure of its root: whoever still waits learns it, and whoever comes later.
-    pub(crate) fn close(&self) {
-        self.install(None);
-        let parked = self.parked().take();
-        parked.into_iter().flatten().for_each(|message| self.end(message));
-    }
-
-    fn draining(&self) -> MutexGuard<'_, Option<Instant>> {
-        // One word: whole whoever panics.
-        self.shared.draining.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn next_id(&self) -> RequestId {
-        RequestId(self.shared.next_id.fetch_add(1, Ordering::Relaxed))
-    }
-}
-
 /// What the router starts with.
 #[derive(Debug)]
 pub struct RouterArgs {
@@ -298,26 +161,6 @@ pub struct RouterState {
 }
 
 #[derive(Debug)]
-struct Service {
-    aliases: Vec<String>,
-    required: bool,
-    admission: Admission,
-    replicas: BTreeMap<ReplicaId, Replica>,
-    waiting: VecDeque<Ticket>,
-}
-
-#[derive(Debug)]
-struct Replica {
-    actor: ActorRef<ModelMsg>,
-    ready: bool,
-    /// It was ready once: who waits for it waits for a restart, not for a first load.
-    was_ready: bool,
-    gone: bool,
-    n_ctx: u32,
-    open_tokens: u64,
-}
-
-#[derive(Debug)]
 struct Row {
     model: String,
     tokens: u64,
@@ -326,15 +169,6 @@ struct Row {
     /// Its client wants it ended, and it is on its way from one place to another.
     cancelled: bool,
     replica: Option<ReplicaId>,
-}
-
-#[derive(Debug)]
-struct Draining {
-    until: Instant,
-    /// Before that, a router that has just begun may not have been told of every request yet.
-    settled: Instant,
-    ended: u32,
-    reply: Vec<RpcReplyPort<Drained>>,
 }
 
 impl Actor for Router {
@@ -351,9 +185,7 @@ impl Actor for Router {
             draining: None,
         };
         // A drain outlives the router that began it.
-        let until = *state.args.handle.draining();
-        let settled = Instant::now() + SETTLING;
-        state.draining = until.map(|until| Draining { until, settled, ended: 0, reply: Vec::new() });
+        state.draining = state.args.handle.draining().map(Draining::taken_over);
         let models = std::mem::take(&mut state.args.models);
         state.configure(&models);
         me.send_interval(TICK, || RouterMsg::Tick);
@@ -373,8 +205,8 @@ impl Actor for Router {
             RouterMsg::Cancel(id) => state.cancel(id),
             RouterMsg::ReplicaUp { replica, actor, open } => state.replica_up(replica, actor, open),
             RouterMsg::ReplicaReady { replica, n_ctx } => state.replica_ready(&replica, n_ctx),
-            RouterMsg::ReplicaDown(replica) => state.replica_down(&replica, false),
-            RouterMsg::ReplicaGone(replica) => state.replica_down(&replica, true),
+            RouterMsg::ReplicaDown(replica) => state.replica_down(&replica, ReplicaState::Down),
+            RouterMsg::ReplicaGone(replica) => state.replica_down(&replica, ReplicaState::Gone),
             RouterMsg::ReplicaRemoved(replica) => state.replica_removed(&replica),
             RouterMsg::Computed { replica, tokens } => state.computed(&replica, tokens),
             RouterMsg::Configure { models, limits } => {
@@ -388,9 +220,7 @@ impl Actor for Router {
             }
             RouterMsg::Tick => state.tick(),
             RouterMsg::Replicas(model, reply) => {
-                let service = state.services.get(&model);
-                let replicas = service.into_iter().flat_map(|service| &service.replicas);
-                let _ = reply.send(replicas.map(|(id, replica)| (id.clone(), replica.actor.clone())).collect());
+                let _ = reply.send(state.replicas_of(&model));
             }
             RouterMsg::Status(reply) => {
                 // Who asked may be gone.
@@ -405,24 +235,13 @@ impl RouterState {
     fn configure(&mut self, models: &[Model]) {
         let limits =
             AdmissionLimits { requests: self.args.limits.queued_requests, tokens: self.args.limits.queued_tokens };
-        let removed: Vec<String> =
-            self.services.keys().filter(|name| !models.iter().any(|model| model.name == **name)).cloned().collect();
-        for name in removed {
-            if let Some(service) = self.services.remove(&name) {
-                service.waiting.into_iter().for_each(|ticket| ticket.conclude(Terminal::Failed(Failure::Unavailable)));
-            }
+        let is_configured = |name: &String| models.iter().any(|model| model.name == *name);
+        for (_, mut service) in self.services.extract_if(.., |name, _| !is_configured(name)) {
+            service.fail_waiting(&Failure::Unavailable);
         }
         for model in models {
-            let service = self.services.entry(model.name.clone()).or_insert_with(|| Service {
-                aliases: Vec::new(),
-                required: model.required,
-                admission: Admission::new(limits),
-                replicas: BTreeMap::new(),
-                waiting: VecDeque::new(),
-            });
-            service.aliases.clone_from(&model.aliases);
-            service.required = model.required;
-            service.admission.set_limits(limits);
+            let service = self.services.entry(model.name.clone()).or_insert_with(|| Service::new(limits));
+            service.configure(model, limits);
         }
     }
 
@@ -474,21 +293,17 @@ impl RouterState {
     }
 
     /// Gives a ticket to a replica, or lets it wait for one, or ends it.
-    fn route(&mut self, ticket: Ticket, prefer: Option<ReplicaId>) {
-        let model = ticket.entry().model().to_owned();
-        let Some(service) = self.services.get_mut(&model) else {
+    fn route(&mut self, mut ticket: Ticket, prefer: Option<ReplicaId>) {
+        let Some(service) = self.services.get_mut(ticket.entry().model()) else {
             return ticket.conclude(Terminal::Failed(Failure::Unavailable));
         };
-        let mut ticket = ticket;
-        loop {
-            let chosen = prefer.clone().filter(|id| service.replicas.get(id).is_some_and(|replica| replica.ready));
-            let Some(id) = chosen.or_else(|| service.choose()) else { break };
+        let (request, tokens) = (ticket.entry().id(), ticket.entry().tokens_max());
+        while let Some(id) = service.choose(prefer.as_ref()) {
             let Some(replica) = service.replicas.get_mut(&id) else { break };
-            let (request, tokens) = (ticket.entry().id(), ticket.entry().tokens_max());
             match replica.actor.send_message(ModelMsg::Submit(ticket)) {
                 Err(MessagingErr::SendErr(ModelMsg::Submit(back))) => {
                     // Its supervisor will say so, too.
-                    replica.ready = false;
+                    replica.state = ReplicaState::Down;
                     ticket = back;
                 }
                 _ => {
@@ -500,10 +315,22 @@ impl RouterState {
                 }
             }
         }
-        if service.replicas.values().all(|replica| replica.gone) {
+        if service.is_lost() {
             return ticket.conclude(Terminal::Failed(Failure::Unavailable));
         }
         service.waiting.push_back(ticket);
+    }
+
+    /// Routes one that may have been on its way already: if a worker died with it and another takes it, it was resumed.
+    fn route_again(&mut self, ticket: Ticket) {
+        let (id, deaths, emitted) = (ticket.entry().id(), ticket.entry().deaths(), ticket.entry().emitted().len());
+        self.route(ticket, None);
+        let replica = self.open.get(&id).and_then(|row| row.replica.clone());
+        if let Some(replica) = replica.filter(|_| deaths > 0) {
+            self.counters.resumed += 1;
+            let emitted = u32::try_from(emitted).unwrap_or(u32::MAX);
+            self.args.events.tell(HouseEvent::Resumed { id, emitted, replica });
+        }
     }
 
     /// A ticket came back: its request goes on.
@@ -519,18 +346,14 @@ impl RouterState {
         if cancelled {
             return ticket.conclude(Terminal::Cancelled);
         }
-        if self.draining.as_ref().is_some_and(|draining| Instant::now() >= draining.until) {
+        if self.draining.as_ref().is_some_and(Draining::is_over) {
             return ticket.conclude(Terminal::Failed(Failure::Draining));
         }
         if let Some(reason) = ticket.entry().settled() {
             let terminal = ticket.entry().completed(reason);
             return ticket.conclude_delivered(terminal, self.args.limits.client_timeout);
         }
-        let (deaths, emitted) = (ticket.entry().deaths(), ticket.entry().emitted().len());
-        self.route(ticket, None);
-        if deaths > 0 {
-            self.tell_resumed(id, emitted);
-        }
+        self.route_again(ticket);
     }
 
     /// Counts a request that a router accepted which died since. Full or not, it is there.
@@ -543,20 +366,13 @@ impl RouterState {
         self.open.insert(id, Row { model: model.to_owned(), tokens, counted, cancelled: false, replica: None });
     }
 
-    fn tell_resumed(&mut self, id: RequestId, emitted: usize) {
-        let Some(replica) = self.open.get(&id).and_then(|row| row.replica.clone()) else { return };
-        self.counters.resumed += 1;
-        let emitted = u32::try_from(emitted).unwrap_or(u32::MAX);
-        self.args.events.tell(HouseEvent::Resumed { id, emitted, replica });
-    }
-
     fn unassign(&mut self, replica: &ReplicaId, tokens: u64) {
         if let Some(found) = self.replica_mut(replica) {
             found.open_tokens = found.open_tokens.saturating_sub(tokens);
         }
     }
 
-    fn replica_mut(&mut self, id: &ReplicaId) -> Option<&mut Replica> {
+    fn replica_mut(&mut self, id: &ReplicaId) -> Option<&mut service::Replica> {
         self.services.get_mut(&id.model)?.replicas.get_mut(id)
     }
 
@@ -604,47 +420,36 @@ impl RouterState {
                 row.replica = Some(id.clone());
             }
         }
-        let Some(service) = self.services.get_mut(&id.model) else { return };
-        let open_tokens = open.iter().map(|(_, tokens)| tokens).sum();
-        let was_ready = service.replicas.get(&id).is_some_and(|replica| replica.was_ready);
-        let replica = Replica { actor, ready: false, was_ready, gone: false, n_ctx: u32::MAX, open_tokens };
-        service.replicas.insert(id, replica);
+        if let Some(service) = self.services.get_mut(&id.model) {
+            service.up(id, actor, open.iter().map(|(_, tokens)| tokens).sum());
+        }
     }
 
     fn replica_ready(&mut self, id: &ReplicaId, n_ctx: u32) {
-        let Some(replica) = self.replica_mut(id) else { return };
-        (replica.ready, replica.was_ready, replica.gone, replica.n_ctx) = (true, true, false, n_ctx);
         let Some(service) = self.services.get_mut(&id.model) else { return };
+        let Some(replica) = service.replicas.get_mut(id) else { return };
+        replica.ready(n_ctx);
         let waiting = std::mem::take(&mut service.waiting);
-        for ticket in waiting {
-            let (request, deaths, emitted) =
-                (ticket.entry().id(), ticket.entry().deaths(), ticket.entry().emitted().len());
-            self.route(ticket, None);
-            if deaths > 0 {
-                self.tell_resumed(request, emitted);
-            }
-        }
+        waiting.into_iter().for_each(|ticket| self.route_again(ticket));
     }
 
-    fn replica_down(&mut self, id: &ReplicaId, gone: bool) {
+    fn replica_down(&mut self, id: &ReplicaId, state: ReplicaState) {
         if let Some(replica) = self.replica_mut(id) {
-            (replica.ready, replica.gone) = (false, gone);
+            replica.state = state;
         }
-        self.fail_waiting_if_unavailable(&id.model);
+        self.fail_waiting_if_lost(&id.model);
     }
 
     fn replica_removed(&mut self, id: &ReplicaId) {
         if let Some(service) = self.services.get_mut(&id.model) {
             service.replicas.remove(id);
         }
-        self.fail_waiting_if_unavailable(&id.model);
+        self.fail_waiting_if_lost(&id.model);
     }
 
-    fn fail_waiting_if_unavailable(&mut self, model: &str) {
-        let Some(service) = self.services.get_mut(model) else { return };
-        if service.replicas.values().all(|replica| replica.gone) {
-            let waiting = std::mem::take(&mut service.waiting);
-            waiting.into_iter().for_each(|ticket| ticket.conclude(Terminal::Failed(Failure::Unavailable)));
+    fn fail_waiting_if_lost(&mut self, model: &str) {
+        if let Some(service) = self.services.get_mut(model).filter(|service| service.is_lost()) {
+            service.fail_waiting(&Failure::Unavailable);
         }
     }
 
@@ -655,113 +460,32 @@ impl RouterState {
         }
     }
 
-    fn drain(&mut self, deadline: Duration, reply: RpcReplyPort<Drained>) {
-        let now = Instant::now();
-        let until = now + deadline;
-        let draining = self.draining.get_or_insert(Draining { until, settled: now, ended: 0, reply: Vec::new() });
-        // A second, more impatient call shortens the wait.
-        draining.until = draining.until.min(until);
-        draining.reply.push(reply);
-        *self.args.handle.draining() = Some(draining.until);
-        self.tick();
-    }
-
     fn tick(&mut self) {
+        self.end_if_over();
         let now = Instant::now();
-        let over = self.draining.as_ref().is_some_and(|draining| now >= draining.until);
         for service in self.services.values_mut() {
             for ticket in std::mem::take(&mut service.waiting) {
-                match () {
-                    () if over => ticket.conclude(Terminal::Failed(Failure::Draining)),
-                    () if ticket.entry().deadline() <= now => ticket.conclude(Terminal::Failed(Failure::Deadline)),
-                    () => service.waiting.push_back(ticket),
+                if ticket.entry().deadline() <= now {
+                    ticket.conclude(Terminal::Failed(Failure::Deadline));
+                } else {
+                    service.waiting.push_back(ticket);
                 }
             }
-        }
-        if over {
-            self.end_everything();
         }
         self.finish_drain_if_empty();
     }
 
-    fn end_everything(&mut self) {
-        if let Some(draining) = &mut self.draining {
-            draining.ended = draining.ended.max(u32::try_from(self.open.len()).unwrap_or(u32::MAX));
-        }
-        for replica in self.services.values().flat_map(|service| service.replicas.values()) {
-            // A replica that is gone has nothing to end.
-            let _ = replica.actor.send_message(ModelMsg::EndAll(Failure::Draining));
-        }
-    }
-
-    fn finish_drain_if_empty(&mut self) {
-        let is_over = |draining: &&mut Draining| self.open.is_empty() && draining.settled <= Instant::now();
-        let Some(draining) = self.draining.as_mut().filter(is_over) else { return };
-        for reply in draining.reply.drain(..) {
-            let _ = reply.send(Drained::Empty { ended: draining.ended });
-        }
-    }
-
-    /// What waits or runs goes on as if nothing had been asked.
-    fn undrain(&mut self) -> bool {
-        *self.args.handle.draining() = None;
-        let Some(draining) = self.draining.take() else { return false };
-        for reply in draining.reply {
-            // Those who wait for the end of the drain.
-            let _ = reply.send(Drained::Undone);
-        }
-        true
+    fn replicas_of(&self, model: &str) -> Vec<(ReplicaId, ActorRef<ModelMsg>)> {
+        let replicas = self.services.get(model).into_iter().flat_map(|service| &service.replicas);
+        replicas.map(|(id, replica)| (id.clone(), replica.actor.clone())).collect()
     }
 
     fn status(&self) -> RouterStatus {
-        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        let services = self.services.iter().map(|(name, service)| ServiceStatus {
-            model: name.clone(),
-            ready: count(service.replicas.values().filter(|replica| replica.ready).count()),
-            replicas: count(service.replicas.len()),
-            open_requests: service.admission.open_requests(),
-            open_tokens: service.admission.open_tokens(),
-            waiting: count(service.waiting.len()),
-            tokens_per_second: service.admission.tokens_per_second(),
-            required: service.required,
-        });
-        RouterStatus { services: services.collect(), requests: self.counters, draining: self.draining.is_some() }
-    }
-}
-
-impl Service {
-    /// Whether somebody serves this model, or soon will again.
-    fn may_take(&self, model: &str) -> Result<(), Refusal> {
-        let model = || model.to_owned();
-        if self.replicas.values().any(|replica| replica.ready || (replica.was_ready && !replica.gone)) {
-            return Ok(());
+        RouterStatus {
+            services: self.services.iter().map(|(name, service)| service.status(name)).collect(),
+            requests: self.counters,
+            draining: self.draining.is_some(),
         }
-        if self.replicas.values().all(|replica| replica.gone) && !self.replicas.is_empty() {
-            return Err(Refusal::Unavailable { model: model() });
-        }
-        Err(Refusal::Loading { model: model(), retry_after: LOADING_RETRY_AFTER })
-    }
-
-    /// What an engine would refuse anyway is refused before it is accepted.
-    fn fits(&self, request: &Generate) -> Result<(), Refusal> {
-        if request.prompt.is_empty() {
-            let (param, found, expected) = ("prompt".into(), "empty".into(), "at least one token".into());
-            return Err(Refusal::Invalid(RequestError::InvalidParam { param, found, expected }));
-        }
-        let limit = self.replicas.values().map(|replica| replica.n_ctx).max().unwrap_or(u32::MAX);
-        let needed = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX).saturating_add(1);
-        if needed > limit {
-            return Err(Refusal::Invalid(RequestError::ContextExceeded { needed, limit }));
-        }
-        Ok(())
-    }
-
-    fn choose(&self) -> Option<ReplicaId> {
-        let candidates = self
-            .replicas
-            .iter()
-            .map(|(id, replica)| (id, Candidate { ready: replica.ready, open_tokens: replica.open_tokens }));
-        choose(candidates).cloned()
     }
 }
 

@@ -416,7 +416,6 @@ async fn run(seed: u64) -> String {
         config: config.clone(),
         factory: Arc::new(workers.clone()),
         inventory: Box::new(inventory),
-        poll: None,
         seed,
     };
     let (house, join) = HouseHandle::start(args).await.expect("the root starts");

@@ -14,7 +14,9 @@ use playhouse_actors::policy::outcome::WorkerEnd;
 use playhouse_actors::sim::{SIM_BLOCK_BYTES, Verdict};
 use playhouse_actors::{Drained, Generate, HouseEvent, HouseStatus, Refusal, Terminal};
 use playhouse_config::{Config, Replicas};
+use ractor::ActorRef;
 use stage::{DEADLINE, KV_MIN_BLOCKS, Script, Stage, model, one_model, plan, request};
+use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
@@ -256,6 +258,25 @@ async fn a_lost_device_is_quarantined_and_its_requests_move() {
     }
 }
 
+/// A worker that was told to make room for another is followed by none when its device is given up meanwhile.
+#[tokio::test(start_paused = true)]
+async fn a_restart_under_way_ends_with_its_device() {
+    let step = |_: &WorkerSpec, n: u32| if n == 3 { Verdict::Hang } else { Verdict::Pass };
+    let mut stage = Stage::ready(1, one_model(1), Script { step, ..Script::default() }).await;
+    // It hangs: only the limit for its shutdown ends it.
+    let mut stream = stage.stream("m", 1, 50).await;
+    stream.read(1).await;
+    assert_eq!(stage.house.restart_model("m").await, 1);
+    stage.seen("ending", |status| status.replicas().all(|replica| replica.phase == Phase::Stopping)).await;
+    stage.sim.report(Some("SIM-0"), HealthKind::Xid(79));
+    stage.until(ended).await;
+    let replica = stage.replica("m/0").await;
+    assert_eq!((replica.phase, replica.incarnation), (Phase::Quarantined, 1));
+    let (_, terminal) = stream.end().await;
+    assert_eq!(terminal, Terminal::Failed(Failure::Unavailable));
+    stage.strike().await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_last_devices_loss_is_a_typed_end() {
     let mut stage = Stage::ready(1, one_model(1), Script::default()).await;
@@ -374,18 +395,64 @@ async fn a_model_actor_that_fails_is_replaced_and_its_stream_goes_on() {
     stage.strike().await;
 }
 
+/// The supervisors of the devices, in the order of the devices.
+async fn supervisors(stage: &Stage) -> Vec<ActorRef<DeviceMsg>> {
+    let mut found = BTreeMap::new();
+    for child in stage.house.actor().get_cell().get_children() {
+        if child.is_message_type_of::<DeviceMsg>() == Some(true) {
+            let supervisor: ActorRef<DeviceMsg> = child.into();
+            let status = ractor::call!(supervisor, DeviceMsg::Status).expect("it answers");
+            assert!(found.insert(status.device, supervisor).is_none(), "two supervisors of one device");
+        }
+    }
+    found.into_values().collect()
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_device_supervisor_that_fails_is_replaced_with_its_workers_and_streams_go_on() {
     let mut stage = Stage::ready(2, one_model(2), Script::default()).await;
     let (mut first, mut second) = (stage.stream("m", 1, 150).await, stage.stream("m", 2, 150).await);
     first.read(10).await;
     second.read(10).await;
-    let children = stage.house.actor().get_cell().get_children();
-    let supervisors = children.into_iter().filter(|child| child.is_message_type_of::<DeviceMsg>() == Some(true));
-    supervisors.take(1).for_each(|supervisor| supervisor.kill());
+    supervisors(&stage).await[0].kill();
     assert!(stage.until(actor_restarted).await.starts_with("Device("));
     first.completes().await;
     second.completes().await;
+    stage.all_ready().await;
+    stage.strike().await;
+}
+
+/// The second fails before the first is back: each is started again, and only once.
+#[tokio::test(start_paused = true)]
+async fn device_supervisors_that_fail_together_are_all_replaced() {
+    let mut stage = Stage::ready(2, one_model(2), Script::default()).await;
+    supervisors(&stage).await.iter().for_each(|supervisor| supervisor.kill());
+    let restarted = [stage.until(actor_restarted).await, stage.until(actor_restarted).await];
+    assert_ne!(restarted[0], restarted[1]);
+    let is_back = |status: &HouseStatus| status.replicas().filter(|it| it.phase == Phase::Ready).count() == 2;
+    stage.seen("back", is_back).await;
+    assert_eq!(supervisors(&stage).await.len(), 2);
+    stage.strike().await;
+}
+
+/// The change starts the supervisor that waits for its turn; when that comes, nothing is left to do.
+#[tokio::test(start_paused = true)]
+async fn a_change_while_a_device_supervisor_waits_for_its_restart_starts_one() {
+    let mut stage = Stage::ready(1, one_model(1), Script::default()).await;
+    for _ in 0..2 {
+        // The first restart is immediate, the second is not.
+        stage.seen("back", |status| status.replicas().count() == 1).await;
+        supervisors(&stage).await[0].kill();
+        stage.until(actor_restarted).await;
+    }
+    let next =
+        Config { models: vec![model("m", Replicas::Count(1)), model("n", Replicas::Count(1))], ..Config::default() };
+    let next_plan = plan(&next, &stage.cards, Some(&plan(&stage.config, &stage.cards, None)));
+    stage.house.apply(next, next_plan).await.expect("the tree lives");
+    let longest = stage.config.supervision.backoff.max;
+    let changed = stage.status().await.uptime;
+    stage.seen("after the back-off", |status| status.uptime > changed + longest).await;
+    assert_eq!(supervisors(&stage).await.len(), 1);
     stage.all_ready().await;
     stage.strike().await;
 }
@@ -455,6 +522,32 @@ async fn a_reload_leaves_what_is_unchanged_alone() {
     let refused = stage.house.generate(request("goes", 1, 5)).await.expect_err("it is gone");
     assert_eq!(refused, Refusal::UnknownModel { model: "goes".into() });
     stage.stream("comes", 3, 20).await.completes().await;
+    stage.strike().await;
+}
+
+/// One that goes on with less memory for KV than was planned is as untouched as any other, and a dry run says so.
+#[tokio::test(start_paused = true)]
+async fn a_reload_leaves_a_replica_alone_that_was_given_less_memory() {
+    let load = |spec: &WorkerSpec| match spec.kv_bytes > 48 * SIM_BLOCK_BYTES {
+        true => Verdict::OutOfMemory,
+        false => Verdict::Pass,
+    };
+    let mut stage = Stage::ready(1, one_model(1), Script { load, ..Script::default() }).await;
+    let given = stage.replica("m/0").await.kv_bytes;
+    let mut running = plan(&stage.config, &stage.cards, None);
+    let planned = std::mem::replace(&mut running.devices[0].placements[0].kv_bytes, given);
+    assert!(given < planned);
+    let next_plan = plan(&stage.config, &stage.cards, Some(&running));
+    let would = stage.house.preview(stage.config.clone(), next_plan.clone()).await.expect("the tree lives");
+    let applied = stage.house.apply(stage.config.clone(), next_plan).await.expect("the tree lives");
+    assert_eq!((applied.kept.len(), applied.stopped.len()), (1, 0));
+    assert_eq!(would, applied);
+    // A supervisor that is started again knows, too.
+    supervisors(&stage).await[0].kill();
+    stage.until(actor_restarted).await;
+    stage.seen("back", |status| status.replicas().any(|replica| replica.phase == Phase::Ready)).await;
+    let oom = stage.status().await.devices[0].oom;
+    assert_eq!(oom, RungCounts { shrink_kv: 1, ..RungCounts::default() }, "found out once");
     stage.strike().await;
 }
 

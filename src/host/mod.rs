@@ -15,8 +15,10 @@ pub mod notify;
 pub mod nvml;
 pub mod planning;
 mod reloads;
+mod restart_needed;
 pub mod service;
 pub mod signals;
+mod target;
 pub mod telemetry;
 
 pub use admin::{Reloaded, Restarted};
@@ -27,23 +29,22 @@ use crate::worker::Workers;
 use arc_swap::ArcSwap;
 use nvml::NvmlInventory;
 use planning::{Running, Sizes, plan, read_cards};
-use playhouse_actors::house::preview;
-use playhouse_actors::inventory::{Device, DeviceId, Inventory, InventoryError};
+use playhouse_actors::inventory::{Device, Inventory, InventoryError};
 use playhouse_actors::link::WorkerFactory;
 use playhouse_actors::messages::{HouseEvent, HouseStatus, Phase, ReplicaStatus};
 use playhouse_actors::policy::placement::Plan;
 use playhouse_actors::sim::SimInventory;
 use playhouse_actors::{Drained, HouseArgs, HouseHandle, Refusal};
-use playhouse_config::{Config, DeviceSelector, Limits, Overrides, PciBusId};
+use playhouse_config::{Config, Overrides};
+use restart_needed::restart_needed;
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, Hasher};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use target::find_device;
 use tokio::sync::broadcast;
 
-/// How often the devices are looked at.
-const POLL: Duration = Duration::from_secs(2);
 /// How often [`Playhouse::ready`] looks when nothing happens.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -130,7 +131,6 @@ impl Playhouse {
             plan: plan.clone(),
             factory: parts.factory.unwrap_or_else(|| Arc::new(Workers::new(parts.worker_exe))),
             inventory,
-            poll: Some(POLL),
             // The jitter of restarts: boxes that fail together should not restart together.
             seed: std::hash::RandomState::new().build_hasher().finish(),
         };
@@ -284,7 +284,8 @@ impl Playhouse {
         let (catalog, plan) = prepared.await.map_err(|_| ReloadError::Ended)??;
         let restart_needed = restart_needed(&old, &config);
         if dry_run {
-            return Ok(Reloaded { applied: preview((&old, &old_plan), (&config, &plan)), plan, restart_needed });
+            let applied = self.tree().preview(config, plan.clone()).await.ok_or(ReloadError::Ended)?;
+            return Ok(Reloaded { applied, plan, restart_needed });
         }
         let applied = self.tree().apply(config.clone(), plan.clone()).await.ok_or(ReloadError::Ended)?;
         self.shared.catalog.store(Arc::new(catalog));
@@ -384,78 +385,4 @@ async fn prepare(config: Config, mut inventory: Box<dyn Inventory>) -> Result<Pr
         detail: error.to_string(),
     };
     prepared.await.map_err(lost)?
-}
-
-/// What a device's name on a command line means: `cpu`, an index, a PCI bus id, a UUID or the beginning of one.
-fn find_device(text: &str, devices: &[Device]) -> Option<DeviceId> {
-    if text == "cpu" {
-        return Some(DeviceId::cpu());
-    }
-    let pci = |device: &Device| device.pci_bus_id.as_deref().and_then(PciBusId::parse);
-    let known: Vec<_> = devices.iter().map(|device| (device.uuid.as_str(), pci(device))).collect();
-    let selector = match (text.parse(), PciBusId::parse(text)) {
-        (Ok(index), _) => DeviceSelector::Index(index),
-        (_, Some(id)) => DeviceSelector::Pci(id),
-        // More than what all UUIDs begin with: a mistyped model is no device.
-        _ if text.len() > "GPU-".len() => DeviceSelector::Uuid(text.to_owned()),
-        _ => return None,
-    };
-    // A beginning that several have is none.
-    selector.find(&known).ok().map(|index| DeviceId::gpu(devices[index].uuid.clone()))
-}
-
-/// The limits of the front, without those that the router takes over.
-fn front_limits(limits: &Limits) -> Limits {
-    let Limits { queued_requests, queued_tokens, request_timeout, stream_events, .. } = Limits::default();
-    Limits { queued_requests, queued_tokens, request_timeout, stream_events, ..limits.clone() }
-}
-
-/// Keys outside of models and supervision are read once.
-fn restart_needed(old: &Config, new: &Config) -> Vec<String> {
-    let (was, is) = (&old.host, &new.host);
-    let differs = [
-        ("host.address", was.address != is.address),
-        ("host.insecure", was.insecure != is.insecure),
-        ("host.admin_socket", was.admin_socket != is.admin_socket),
-        ("host.http_socket", was.http_socket != is.http_socket),
-        ("host.api_keys", was.api_keys != is.api_keys),
-        ("host.api_keys_file", was.api_keys_file != is.api_keys_file),
-        ("host.admin_keys", was.admin_keys != is.admin_keys),
-        ("host.admin_keys_file", was.admin_keys_file != is.admin_keys_file),
-        ("host.tls", was.tls != is.tls),
-        ("host.allowed_hosts", was.allowed_hosts != is.allowed_hosts),
-        ("host.cors_origins", was.cors_origins != is.cors_origins),
-        ("host.per_key", was.per_key != is.per_key),
-        ("host.keep_alive", was.keep_alive != is.keep_alive),
-        ("host.look_every", was.look_every != is.look_every),
-        ("host.otlp_endpoint", was.otlp_endpoint != is.otlp_endpoint),
-        ("host.log", was.log != is.log),
-        ("host.log_prompts", was.log_prompts != is.log_prompts),
-        ("host.limits", front_limits(&was.limits) != front_limits(&is.limits)),
-        ("simulate", old.simulate != new.simulate),
-    ];
-    differs.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key.to_owned()).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn devices_are_found_by_whatever_names_them() {
-        let device = |uuid: &str, bus: &str| Device {
-            uuid: uuid.into(),
-            pci_bus_id: Some(format!("00000000:{bus}:00.0")),
-            ..Device::default()
-        };
-        let devices = [device("GPU-5d5b01", "3B"), device("GPU-5d5c02", "AF")];
-        let found = |text: &str| find_device(text, &devices).map(|device| device.to_string());
-        for name in ["GPU-5d5c02", "GPU-5d5c", "af:00.0", "1"] {
-            assert_eq!(found(name).as_deref(), Some("GPU-5d5c02"), "{name}");
-        }
-        assert_eq!(found("cpu").as_deref(), Some("cpu"));
-        for nothing in ["GPU-5d5", "GPU-6", "GPU-", "2", "01:00.0", "", "qwen"] {
-            assert_eq!(found(nothing), None, "{nothing}");
-        }
-    }
 }

@@ -157,12 +157,32 @@ fn processes(card: &Card<'_>) -> Vec<DeviceProcess> {
     card.running_compute_processes().unwrap_or_default().into_iter().map(process).collect()
 }
 
-/// Starts the thread that waits for events. `None` if there is none to start; the devices' polls still see what they see.
+/// A card with the name it had when it still answered: one that is lost tells nobody which it is.
+struct Watched<C> {
+    card: C,
+    uuid: String,
+    /// What the driver last asked for; told when it changes.
+    action: Option<RecoveryAction>,
+    /// Told once: an operator who takes the card back has been told.
+    remap_failed: bool,
+}
+
+impl<C> Watched<C> {
+    fn new(card: C, uuid: String) -> Self {
+        Self { card, uuid, action: None, remap_failed: false }
+    }
+}
+
+/// Starts the thread that waits for events. `None` if there is none to start; lists of the devices still say what they say.
 fn watch(nvml: Arc<Nvml>, stop: Arc<AtomicBool>) -> Option<mpsc::Receiver<HealthEvent>> {
     let (events, receiver) = mpsc::channel(EVENTS_MAX);
-    let run = move || {
-        if let Err(error) = wait_for_events(&nvml, &stop, &events) {
-            tracing::warn!(%error, "health events end: XIDs are seen only through workers that fail");
+    let run = move || match wait_for_events(&nvml, &stop, &events) {
+        Ok(()) => {}
+        Err(NvmlError::NotSupported) => {
+            tracing::warn!("this driver has no health events: XIDs are seen only through workers that fail");
+        }
+        Err(error) => {
+            tracing::error!(%error, "health events end: what the GPUs suffer is not known any more");
             tell(&events, None, HealthKind::Unreadable);
         }
     };
@@ -171,37 +191,43 @@ fn watch(nvml: Arc<Nvml>, stop: Arc<AtomicBool>) -> Option<mpsc::Receiver<Health
     Some(receiver)
 }
 
-fn wait_for_events(nvml: &Nvml, stop: &AtomicBool, events: &mpsc::Sender<HealthEvent>) -> Result<(), NvmlError> {
-    let cards: Vec<Card<'_>> = (0..nvml.device_count()?).filter_map(|index| nvml.device_by_index(index).ok()).collect();
-    let mut set = Some(register(nvml, &cards)?);
-    let mut actions = vec![None; cards.len()];
+fn wait_for_events<'nvml>(
+    nvml: &'nvml Nvml,
+    stop: &AtomicBool,
+    events: &mpsc::Sender<HealthEvent>,
+) -> Result<(), NvmlError> {
+    let cards = (0..nvml.device_count()?).filter_map(|index| nvml.device_by_index(index).ok());
+    let named = |card: Card<'nvml>| card.uuid().ok().map(|uuid| Watched::new(card, uuid));
+    let mut cards: Vec<Watched<Card<'nvml>>> = cards.filter_map(named).collect();
+    let mut set = register(nvml, &cards)?;
     for look in 0u32.. {
         if stop.load(Ordering::Relaxed) || events.is_closed() {
             break;
         }
         if look % RECOVERY_LOOK_EVERY == 0 {
-            tell_recovery_actions(&cards, &mut actions, events);
+            cards.iter_mut().for_each(|watched| tell_recovery(watched, events));
         }
-        let Some(current) = set.as_ref() else { break };
-        match current.wait(WAIT_MS) {
+        match set.wait(WAIT_MS) {
             Ok(event) => {
                 let xid = event.event_data.map(|xid| match xid {
                     XidError::Value(code) => code,
                     XidError::Unknown => 999,
                 });
                 if let Some(code) = xid {
-                    tell(events, event.device.uuid().ok(), HealthKind::Xid(code));
+                    tell(events, uuid_of(&event.device, &cards), HealthKind::Xid(code));
                 }
             }
             Err(NvmlError::Timeout) => {}
             Err(NvmlError::GpuLost) => {
-                for (card, error) in cards.iter().filter_map(|card| Some((card, card.uuid().err()?))) {
-                    if matches!(error, NvmlError::GpuLost) {
-                        tell(events, card.pci_info().ok().map(|pci| pci.bus_id), HealthKind::GpuLost);
-                    }
+                let is_lost = |card: &Card<'_>| matches!(card.uuid(), Err(NvmlError::GpuLost));
+                let lost = take_lost(&mut cards, is_lost);
+                if lost.is_empty() {
+                    // One that does not say so itself: nobody knows which.
+                    return Err(NvmlError::GpuLost);
                 }
+                lost.into_iter().for_each(|uuid| tell(events, Some(uuid), HealthKind::GpuLost));
                 // A set with a lost device reports nothing but that: go on with the others.
-                set = Some(register(nvml, &cards)?);
+                set = register(nvml, &cards)?;
             }
             Err(error) => return Err(error),
         }
@@ -209,10 +235,23 @@ fn wait_for_events(nvml: &Nvml, stop: &AtomicBool, events: &mpsc::Sender<HealthE
     Ok(())
 }
 
+/// The card of an event. After XID 79 it does not say its UUID any more, and an event of nobody concerns every GPU.
+fn uuid_of(card: &Card<'_>, known: &[Watched<Card<'_>>]) -> Option<String> {
+    // SAFETY: the handles are compared and used for nothing else; NVML gives a GPU one handle for as long as it is loaded.
+    let is_it = |known: &&Watched<Card<'_>>| unsafe { known.card.handle() == card.handle() };
+    let found = known.iter().find(is_it).map(|known| known.uuid.clone());
+    found.or_else(|| card.uuid().ok())
+}
+
+/// Takes out the cards that are lost, and says which they were.
+fn take_lost<C>(cards: &mut Vec<Watched<C>>, is_lost: impl Fn(&C) -> bool) -> Vec<String> {
+    cards.extract_if(.., |watched| is_lost(&watched.card)).map(|watched| watched.uuid).collect()
+}
+
 /// An event set of all cards that can report XIDs.
-fn register<'nvml>(nvml: &'nvml Nvml, cards: &[Card<'nvml>]) -> Result<EventSet<'nvml>, NvmlError> {
+fn register<'nvml>(nvml: &'nvml Nvml, cards: &[Watched<Card<'nvml>>]) -> Result<EventSet<'nvml>, NvmlError> {
     let mut set = nvml.create_event_set()?;
-    for card in cards {
+    for Watched { card, .. } in cards {
         let supported = card.supported_event_types().unwrap_or(EventTypes::empty());
         if supported.contains(EventTypes::CRITICAL_XID_ERROR) {
             let registered = card.register_events(EventTypes::CRITICAL_XID_ERROR, set);
@@ -222,18 +261,19 @@ fn register<'nvml>(nvml: &'nvml Nvml, cards: &[Card<'nvml>]) -> Result<EventSet<
     Ok(set)
 }
 
-fn tell_recovery_actions(cards: &[Card<'_>], known: &mut [Option<RecoveryAction>], events: &mpsc::Sender<HealthEvent>) {
-    for (card, known) in cards.iter().zip(known) {
-        let action = field_value(card, field_id::NVML_FI_DEV_GET_GPU_RECOVERY_ACTION).and_then(recovery_action);
-        let changed = action.is_some() && action != *known;
-        let is_news = known.is_some() || action != Some(RecoveryAction::None);
-        if let Some(action) = action.filter(|_| changed && is_news) {
-            tell(events, card.uuid().ok(), HealthKind::Recovery(action));
-        }
-        *known = action.or(*known);
-        if row_remap(card).is_some_and(|remap| remap.failed) {
-            tell(events, card.uuid().ok(), HealthKind::RowRemapFailed);
-        }
+/// Tells what NVML has no event for.
+fn tell_recovery(watched: &mut Watched<Card<'_>>, events: &mpsc::Sender<HealthEvent>) {
+    let Watched { card, uuid, action: known, remap_failed } = watched;
+    let action = field_value(card, field_id::NVML_FI_DEV_GET_GPU_RECOVERY_ACTION).and_then(recovery_action);
+    let changed = action.is_some() && action != *known;
+    let is_news = known.is_some() || action != Some(RecoveryAction::None);
+    if let Some(action) = action.filter(|_| changed && is_news) {
+        tell(events, Some(uuid.clone()), HealthKind::Recovery(action));
+    }
+    *known = action.or(*known);
+    if !*remap_failed && row_remap(card).is_some_and(|remap| remap.failed) {
+        *remap_failed = true;
+        tell(events, Some(uuid.clone()), HealthKind::RowRemapFailed);
     }
 }
 
@@ -280,6 +320,15 @@ mod tests {
         for device in devices {
             assert!(device.total_bytes >= device.free_bytes && !device.uuid.is_empty(), "{device:?}");
         }
+    }
+
+    /// A host knows its devices by UUID: a bus id, or nothing, would quarantine none of them, or all.
+    #[test]
+    fn a_lost_card_is_named_once_by_the_uuid_it_had() {
+        let mut cards = Vec::from(["GPU-a", "GPU-b"].map(|uuid| Watched::new(uuid == "GPU-b", uuid.to_owned())));
+        assert_eq!(take_lost(&mut cards, |is_lost| *is_lost), ["GPU-b"]);
+        assert!(take_lost(&mut cards, |is_lost| *is_lost).is_empty());
+        assert_eq!(cards.len(), 1, "the other is watched on");
     }
 
     #[test]

@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{Notify as Bell, mpsc, oneshot};
 
 /// Reloads that may be asked for and not be looked at yet; more than the admin socket has clients.
@@ -56,7 +57,14 @@ pub async fn run(house: Playhouse) -> std::io::Result<Ending> {
     let _admin = open_admin(&operated);
     let notify = Notify::start(operated.clone(), Service::from_env());
     let mut reloads = Reloads::of(house.clone());
+    // It may have happened before anybody listened.
+    let mut reason = gave_up(house.tree().log());
     let is_now = loop {
+        if let Some(reason) = reason.take() {
+            tracing::error!(reason, "the supervisor gives up");
+            house.stop().await;
+            return Ok(Ending::GaveUp(reason));
+        }
         tokio::select! {
             asked = signals.next() => match asked {
                 Asked::Reload => reloads.ask(None, &notify),
@@ -66,12 +74,15 @@ pub async fn run(house: Playhouse) -> std::io::Result<Ending> {
             () = operated.stop.notified() => break false,
             Some(reply) = asked_for.recv() => reloads.ask(Some(reply), &notify),
             outcome = reloads.over() => reloads.finish(&outcome, &notify),
-            event = events.recv() => if let Ok(HouseEvent::GaveUp { reason }) = event {
-                tracing::error!(reason, "the supervisor gives up");
-                house.stop().await;
-                return Ok(Ending::GaveUp(reason));
+            event = events.recv() => reason = match event {
+                Ok(HouseEvent::GaveUp { reason }) => Some(reason),
+                Err(RecvError::Lagged(_)) => gave_up(house.tree().log()),
+                Ok(_) | Err(RecvError::Closed) => None,
             },
-            () = house.ended() => return Ok(Ending::GaveUp("the supervision tree ended".into())),
+            () = house.ended() => {
+                let told = gave_up(house.tree().log());
+                reason = Some(told.unwrap_or_else(|| "the supervision tree ended".into()));
+            }
         }
     };
     operated.stopping.store(true, Ordering::Relaxed);
@@ -83,6 +94,16 @@ pub async fn run(house: Playhouse) -> std::io::Result<Ending> {
     }
     house.stop().await;
     Ok(Ending::Asked)
+}
+
+/// Why the supervisor has given up, if it has and no device was taken back since.
+fn gave_up(log: &EventLog) -> Option<String> {
+    let last = log.recent().into_iter().rev().find_map(|stamped| match stamped.event {
+        HouseEvent::GaveUp { reason } => Some(Some(reason)),
+        HouseEvent::Released { .. } => Some(None),
+        _ => None,
+    });
+    last.flatten()
 }
 
 /// Lets open streams finish, until the time for that is up or a second signal comes.
@@ -159,5 +180,26 @@ impl admin::House for Operated {
 
     fn stop(&self) {
         self.stop.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use playhouse_actors::inventory::DeviceId;
+    use playhouse_actors::messages::ReplicaId;
+
+    #[test]
+    fn what_was_told_before_anybody_listened_is_in_the_log() {
+        let log = EventLog::new();
+        assert_eq!(gave_up(&log), None);
+        log.add(HouseEvent::GaveUp { reason: "every device is quarantined".into() });
+        log.add(HouseEvent::ModelFailed {
+            replica: ReplicaId { model: "m".into(), index: 0 },
+            reason: "unrelated".into(),
+        });
+        assert_eq!(gave_up(&log).as_deref(), Some("every device is quarantined"));
+        log.add(HouseEvent::Released { device: DeviceId::gpu("GPU-a") });
+        assert_eq!(gave_up(&log), None, "it serves again");
     }
 }

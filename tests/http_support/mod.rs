@@ -338,7 +338,6 @@ impl Setup {
             plan: Plan { devices: vec![device] },
             factory: Arc::new(workers),
             inventory: Box::new(NoGpus),
-            poll: None,
             seed: 1,
         };
         let (tree, _) = HouseHandle::start(args).await.expect("the tree starts");

@@ -236,7 +236,7 @@ mod tests {
             assert!(matches!(by_event, Action::Ignore | Action::Restart | Action::Quarantine), "{code}");
             assert!(![79, 95, 119].contains(&code) || by_event == Action::Quarantine, "{code}");
             for worse in [HealthKind::GpuLost, HealthKind::ResetRequired, HealthKind::Unreadable] {
-                // What the poll says outranks what the event said.
+                // What a look at the device says outranks what the event said.
                 assert_eq!(health(worse).max(by_event), Action::Quarantine, "{code} with {worse:?}");
                 cases += 1;
             }

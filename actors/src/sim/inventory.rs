@@ -79,7 +79,7 @@ impl SimBox {
 
     /// Reports a health event, as the driver would.
     pub fn report(&self, uuid: Option<&str>, kind: HealthKind) {
-        // A full channel drops the event: nobody reads it, and the poll would say the same.
+        // A full channel drops the event: nobody reads it.
         let _ = self.events.try_send(HealthEvent { uuid: uuid.map(str::to_owned), kind });
     }
 

@@ -133,7 +133,6 @@ impl Stage {
             config: config.clone(),
             factory: Arc::new(workers.clone()),
             inventory: Box::new(inventory),
-            poll: None,
             seed: 1,
         };
         let (house, root) = HouseHandle::start(args).await.expect("the root starts");
