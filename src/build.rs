@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 fn main() {
-    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=src/build.rs");
     println!("cargo:rerun-if-env-changed=PLAYHOUSE_COMMIT");
     if std::env::var_os("PLAYHOUSE_COMMIT").is_some() || std::env::var("PROFILE").as_deref() != Ok("release") {
         return;
