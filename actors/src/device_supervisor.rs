@@ -9,23 +9,26 @@
 //!     +-- a model that cannot be loaded: that replica is given up, the device is not
 //! ```
 
+mod child;
+
+pub use child::Lives;
+
 use crate::ask::ask;
 use crate::events::{Clock, EventBus};
 use crate::house::HouseMsg;
 use crate::inventory::{DeviceId, HealthKind};
 use crate::link::WorkerFactory;
-use crate::messages::{DeviceStatus, HouseEvent, Phase, ReplicaId, ReplicaStatus, WorkerSpec};
+use crate::messages::{DeviceStatus, HouseEvent, ReplicaId, ReplicaStatus, WorkerSpec};
 use crate::model::{ModelActor, ModelArgs, ModelMsg, Report};
 use crate::policy::ladder::{self, Rung, RungCounts};
 use crate::policy::outcome::{Action, WorkerEnd, health};
 use crate::policy::restart::{Decision, End, RestartRecord, restarted_with};
 use crate::router::{RouterHandle, RouterMsg};
+use child::Child;
 use playhouse_config::{Limits, Supervision};
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 /// How long a replica may take to say how it is; it never blocks, so this is long.
@@ -94,12 +97,14 @@ pub struct DeviceArgs {
     pub clock: Clock,
     /// Who is told of a quarantine.
     pub house: ActorRef<HouseMsg>,
-    /// What was known of the device before a restart of this actor.
+    /// Why the device is given up, if it is: what was known before a restart of this actor.
     pub quarantined: Option<String>,
     /// The device's failures. Shared with the house, so that they are not forgotten with this actor.
     pub record: Arc<Mutex<RestartRecord>>,
     /// What was given up on it for want of memory. Shared for the same reason.
     pub oom: Arc<Mutex<RungCounts>>,
+    /// Whose workers may still be there. Shared for the same reason.
+    pub lives: Lives,
 }
 
 /// The actor.
@@ -110,18 +115,10 @@ pub struct DeviceSupervisor;
 pub struct DeviceState {
     args: DeviceArgs,
     me: ActorRef<DeviceMsg>,
-    quarantined: Option<String>,
     children: Vec<Child>,
     /// Replicas that were removed and whose workers may not be gone yet.
     leaving: Vec<JoinHandle<()>>,
     stopping: bool,
-}
-
-struct Child {
-    placed: Placed,
-    slot: Arc<Semaphore>,
-    actor: Option<ActorRef<ModelMsg>>,
-    incarnations: Arc<AtomicU64>,
 }
 
 impl Actor for DeviceSupervisor {
@@ -130,10 +127,8 @@ impl Actor for DeviceSupervisor {
     type Arguments = DeviceArgs;
 
     async fn pre_start(&self, me: ActorRef<DeviceMsg>, args: DeviceArgs) -> Result<DeviceState, ActorProcessingErr> {
-        let quarantined = args.quarantined.clone();
-        let mut state =
-            DeviceState { args, me, quarantined, children: Vec::new(), leaving: Vec::new(), stopping: false };
-        if state.quarantined.is_some() {
+        let mut state = DeviceState { args, me, children: Vec::new(), leaving: Vec::new(), stopping: false };
+        if state.args.quarantined.is_some() {
             state.record().quarantine();
         }
         for placed in std::mem::take(&mut state.args.placed) {
@@ -196,26 +191,25 @@ impl DeviceState {
             return;
         }
         let replica = placed.spec.replica.clone();
-        let slot = Arc::new(Semaphore::new(1));
-        self.children.push(Child { placed, slot, actor: None, incarnations: Arc::default() });
+        self.children.push(Child::new(placed, &self.args.lives));
         self.spawn(&replica).await;
     }
 
     /// Starts a replica's actor. Its `pre_start` only builds its state, so awaiting it here blocks nobody.
     async fn spawn(&mut self, replica: &ReplicaId) {
         let Some(index) = self.index_of(replica) else { return };
-        let start = self.quarantined.is_none();
+        let start = self.args.quarantined.is_none();
         let child = &self.children[index];
         let args = ModelArgs {
             spec: child.placed.spec.clone(),
             supervision: self.args.supervision.clone(),
             limits: self.args.limits.clone(),
             factory: self.args.factory.clone(),
-            slot: child.slot.clone(),
+            slot: child.life.slot.clone(),
             router: self.args.router.clone(),
             events: self.args.events.clone(),
             supervisor: self.me.clone(),
-            incarnations: child.incarnations.clone(),
+            incarnations: child.life.incarnations.clone(),
             start,
         };
         match ractor::Actor::spawn_linked(None, ModelActor, args, self.me.get_cell()).await {
@@ -309,8 +303,8 @@ impl DeviceState {
 
     fn quarantine(&mut self, reason: &str) {
         self.record().quarantine();
-        if self.quarantined.is_none() {
-            self.quarantined = Some(reason.to_owned());
+        if self.args.quarantined.is_none() {
+            self.args.quarantined = Some(reason.to_owned());
             let (device, reason) = (self.args.device.clone(), reason.to_owned());
             self.args.events.tell(HouseEvent::Quarantined { device: device.clone(), reason: reason.clone() });
             self.tell_house(HouseMsg::Quarantined { device, reason: Some(reason) });
@@ -337,7 +331,7 @@ impl DeviceState {
 
     async fn release(&mut self) {
         self.record().release();
-        self.quarantined = None;
+        self.args.quarantined = None;
         let device = self.args.device.clone();
         self.args.events.tell(HouseEvent::Released { device: device.clone() });
         self.tell_house(HouseMsg::Quarantined { device, reason: None });
@@ -350,7 +344,7 @@ impl DeviceState {
 
     async fn respawn(&mut self, replica: &ReplicaId) {
         let missing = self.index_of(replica).is_some_and(|index| self.children[index].actor.is_none());
-        if missing && self.quarantined.is_none() {
+        if missing && self.args.quarantined.is_none() {
             self.spawn(replica).await;
         }
     }
@@ -383,12 +377,13 @@ impl DeviceState {
             return;
         };
         let child = self.children.remove(index);
+        self.args.lives.count_anew(replica);
         let replica = replica.clone();
         let gone = if returning { RouterMsg::ReplicaDown(replica) } else { RouterMsg::ReplicaRemoved(replica) };
         self.args.router.tell(gone);
         self.leaving.retain(|leaving| !leaving.is_finished());
         self.leaving.push(tokio::spawn(async move {
-            stop_child(child).await;
+            child.stop().await;
             // Who asked may be gone.
             let _ = reply.send(());
         }));
@@ -414,7 +409,7 @@ impl DeviceState {
         let (children, leaving) = (std::mem::take(&mut self.children), std::mem::take(&mut self.leaving));
         tokio::spawn(async move {
             for child in children.into_iter().rev() {
-                stop_child(child).await;
+                child.stop().await;
             }
             for removal in leaving {
                 // One that panicked has dropped its child, and that ends the worker.
@@ -434,7 +429,7 @@ impl DeviceState {
         };
         let mut status = DeviceStatus {
             device: self.args.device.clone(),
-            quarantined: self.quarantined.clone(),
+            quarantined: self.args.quarantined.clone(),
             recent_failures: u32::try_from(recent).unwrap_or(u32::MAX),
             failures,
             oom: *self.args.oom.lock().unwrap_or_else(PoisonError::into_inner),
@@ -451,35 +446,4 @@ impl DeviceState {
             let _ = reply.send(status);
         });
     }
-}
-
-impl Child {
-    /// A replica whose actor does not answer, because it is being restarted.
-    fn unknown(&self) -> ReplicaStatus {
-        ReplicaStatus {
-            replica: self.placed.spec.replica.clone(),
-            device: self.placed.spec.device.clone(),
-            phase: Phase::Down,
-            incarnation: self.incarnations.load(Ordering::Relaxed),
-            pid: None,
-            progress: None,
-            running: 0,
-            kv_bytes: self.placed.spec.kv_bytes,
-            last_heard: None,
-            step_age: None,
-            stats: None,
-            last_end: None,
-        }
-    }
-}
-
-/// Ends a replica: its worker in peace, then its actor, then waits until the worker was reaped.
-async fn stop_child(child: Child) {
-    if let Some(actor) = child.actor {
-        // An actor that died meanwhile has killed its worker; the slot says when that is over.
-        let _ = ask(&actor, ModelMsg::Stop, None).await;
-        actor.stop(None);
-    }
-    // Never closed.
-    let _ = child.slot.acquire().await;
 }

@@ -22,7 +22,7 @@ pub use change::Applied;
 pub use handle::HouseHandle;
 
 use crate::ask::ask;
-use crate::device_supervisor::DeviceMsg;
+use crate::device_supervisor::{DeviceMsg, Lives};
 use crate::events::{Clock, EventBus};
 use crate::inventory::{Device, DeviceId, HealthEvent, Inventory};
 use crate::inventory_actor::InventoryMsg;
@@ -342,6 +342,7 @@ impl HouseState {
     fn stop(&mut self, reply: RpcReplyPort<()>) {
         self.stopping = true;
         let devices: Vec<ActorRef<DeviceMsg>> = self.devices.values().filter_map(|child| child.actor.clone()).collect();
+        let lives: Vec<Lives> = self.devices.values().map(|child| child.lives.clone()).collect();
         let (me, router) = (self.me.clone(), self.router.clone());
         tokio::spawn(async move {
             if let Some(router) = router.current() {
@@ -356,6 +357,10 @@ impl HouseState {
             for stop in stops {
                 // One that failed has killed its workers with its links.
                 let _ = stop.await;
+            }
+            // So has one that failed before, and was not back yet.
+            for device in lives {
+                device.ended().await;
             }
             let _ = me.send_message(HouseMsg::Stopped);
             let _ = reply.send(());

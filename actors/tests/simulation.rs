@@ -4,6 +4,7 @@
 //!
 //! `SIM_SEED=42 cargo test -p playhouse-actors --test simulation` replays one seed; `SIM_SEEDS=100000` runs so many.
 
+use playhouse_actors::device_supervisor::DeviceMsg;
 use playhouse_actors::engine::{FinishReason, SamplingParams, Task};
 use playhouse_actors::house::{HouseArgs, HouseHandle, HouseMsg};
 use playhouse_actors::inventory::{DeviceId, HealthKind};
@@ -17,6 +18,7 @@ use playhouse_actors::sim::{
 };
 use playhouse_config::checked::Backoff;
 use playhouse_config::{Config, Devices, Limits, Model, ModelSource, Replicas, SimulatedDevice, Supervision};
+use ractor::ActorCell;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -351,6 +353,7 @@ impl Invariants {
         self.one_worker_per_replica();
         self.queues_are_bounded(status);
         self.intensity_is_respected();
+        nothing_runs_where_nothing_may(status);
     }
 
     fn memory_is_held_by_the_living(&self) {
@@ -401,6 +404,14 @@ impl Invariants {
     }
 }
 
+/// On a device that was given up no worker loads, serves, or is about to.
+fn nothing_runs_where_nothing_may(status: &HouseStatus) {
+    for device in status.devices.iter().filter(|device| device.quarantined.is_some()) {
+        let is_idle = |phase| !matches!(phase, Phase::Waiting | Phase::Loading | Phase::Ready | Phase::Backoff);
+        assert!(device.replicas.iter().all(|replica| is_idle(replica.phase)), "{device:#?}");
+    }
+}
+
 /// Runs one seed; what happened, for comparing two runs.
 async fn run(seed: u64) -> String {
     let random = Arc::new(Random(AtomicU64::new(seed.wrapping_mul(0xD134_2543_DE82_EF95))));
@@ -437,7 +448,7 @@ async fn run(seed: u64) -> String {
         cards: cards.clone(),
         config: config.clone(),
         plan: first_plan,
-        router_kills: config.supervision.max_restarts - 1,
+        actor_kills: config.supervision.max_restarts - 1,
     };
 
     for _ in 0..STEPS {
@@ -493,7 +504,8 @@ struct Outside {
     cards: Vec<SimulatedDevice>,
     config: Config,
     plan: Plan,
-    router_kills: u32,
+    /// The house gives up when its own actors fail too often: that is another test.
+    actor_kills: u32,
 }
 
 impl Outside {
@@ -516,13 +528,17 @@ impl Outside {
         {
             house.restart_device(&DeviceId::gpu(&card.uuid)).await;
         }
-        // The house gives up when its own actors fail too often: that is another test.
-        if self.router_kills > 0
-            && random.one_in(60)
-            && let Some(router) = house.router().current()
+        if self.actor_kills > 0 && random.one_in(60) {
+            let victims = if random.one_in(2) { supervisors(house) } else { router(house) };
+            if let Some(victim) = pick(&random, &victims) {
+                self.actor_kills -= 1;
+                victim.kill();
+            }
+        }
+        if random.one_in(60)
+            && let Some(model) = pick(&random, &self.config.models)
         {
-            self.router_kills -= 1;
-            router.kill();
+            house.restart_model(&model.name).await;
         }
         if random.one_in(30) {
             self.reload(house);
@@ -545,6 +561,18 @@ impl Outside {
         let message = HouseMsg::Apply(Box::new(config), self.plan.clone(), reply.into());
         house.actor().send_message(message).expect("the tree lives");
     }
+}
+
+fn router(house: &HouseHandle) -> Vec<ActorCell> {
+    house.router().current().map(|router| router.get_cell()).into_iter().collect()
+}
+
+/// Those of the devices, in the order in which they were started: a seed must always mean the same one.
+fn supervisors(house: &HouseHandle) -> Vec<ActorCell> {
+    let mut found = house.actor().get_cell().get_children();
+    found.retain(|child| child.is_message_type_of::<DeviceMsg>() == Some(true));
+    found.sort_by_key(|child| child.get_id().pid());
+    found
 }
 
 fn pick<'a, T>(random: &Random, list: &'a [T]) -> Option<&'a T> {

@@ -422,6 +422,22 @@ async fn a_device_supervisor_that_fails_is_replaced_with_its_workers_and_streams
     stage.strike().await;
 }
 
+/// The worker of a supervisor that failed is still being reaped when the next supervisor begins.
+#[tokio::test(start_paused = true)]
+async fn a_failed_supervisors_worker_is_gone_before_the_next_one_starts() {
+    let mut stage = Stage::ready(1, one_model(1), Script::default()).await;
+    supervisors(&stage).await[0].kill();
+    stage.until(actor_restarted).await;
+    let started = |event: &HouseEvent| match event {
+        HouseEvent::WorkerStarted { incarnation, .. } => Some(*incarnation),
+        _ => None,
+    };
+    assert_eq!(stage.until(started).await, 2, "counted over all supervisors");
+    let alive = stage.workers.alive();
+    assert_eq!(alive.iter().map(|worker| worker.spec.incarnation).collect::<Vec<_>>(), [2]);
+    stage.strike().await;
+}
+
 /// The second fails before the first is back: each is started again, and only once.
 #[tokio::test(start_paused = true)]
 async fn device_supervisors_that_fail_together_are_all_replaced() {
@@ -468,6 +484,51 @@ async fn a_router_that_fails_is_replaced_and_nothing_in_flight_notices() {
     stage.seen("routing", |status| status.router.as_ref().is_some_and(|router| router.services[0].ready == 1)).await;
     stage.stream("m", 2, 20).await.completes().await;
     assert_eq!(stage.replica("m/0").await.incarnation, 1, "no worker was touched");
+    stage.strike().await;
+}
+
+/// A question that a router took to its grave was not accepted, and its client is told so.
+#[tokio::test(start_paused = true)]
+async fn a_lost_reply_port_is_a_refusal_of_its_own() {
+    let mut stage = Stage::ready(1, one_model(1), Script::default()).await;
+    stage.house.router().current().expect("a router").kill();
+    let refused = stage.house.generate(request("m", 1, 5)).await.expect_err("nobody is there to answer");
+    assert_eq!(refused, Refusal::RouterLost);
+    assert_eq!(stage.until(actor_restarted).await, "Router");
+    stage.seen("routing", |status| status.router.as_ref().is_some_and(|router| router.services[0].ready == 1)).await;
+    stage.stream("m", 1, 5).await.completes().await;
+    stage.strike().await;
+}
+
+/// Everybody asks at once: the model takes what it may, the mailbox what it holds, and whoever is over learns which it was.
+#[tokio::test(start_paused = true)]
+async fn full_queues_are_refusals_of_their_own() {
+    const ASKED: usize = 5000;
+    const INBOX: usize = 4096;
+    let stage = Stage::ready(1, one_model(1), Script::default()).await;
+    let ask = |_| {
+        let house = stage.house.clone();
+        tokio::spawn(async move { house.generate(request("m", 1, 5)).await })
+    };
+    let asked: Vec<_> = (0..ASKED).map(ask).collect();
+    let (mut accepted, mut busy, mut overloaded) = (Vec::new(), 0, 0);
+    for answer in asked {
+        match answer.await.expect("no panic") {
+            Ok(stream) => accepted.push(stream),
+            Err(Refusal::Busy { model, full }) => {
+                assert_eq!(model, "m");
+                assert!(full.retry_after().is_some_and(|after| after > Duration::ZERO), "{full:?}");
+                busy += 1;
+            }
+            Err(Refusal::Overloaded) => overloaded += 1,
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+    let may_take = usize::try_from(stage.config.host.limits.queued_requests).expect("small");
+    assert_eq!((accepted.len(), busy, overloaded), (may_take, INBOX - may_take, ASKED - INBOX));
+    drop(accepted);
+    stage.seen("idle", |status| status.router.as_ref().is_some_and(|it| it.services[0].open_requests == 0)).await;
+    stage.stream("m", 1, 5).await.completes().await;
     stage.strike().await;
 }
 

@@ -1,7 +1,7 @@
 //! The children of the house: how each is started, found again when it ends, and started once more.
 
 use super::{HouseMsg, HouseState, Part};
-use crate::device_supervisor::{DeviceArgs, DeviceMsg, DeviceSupervisor, Placed};
+use crate::device_supervisor::{DeviceArgs, DeviceMsg, DeviceSupervisor, Lives, Placed};
 use crate::inventory::DeviceId;
 use crate::inventory_actor::{InventoryActor, InventoryArgs};
 use crate::messages::HouseEvent;
@@ -22,6 +22,8 @@ pub(super) struct DeviceChild {
     record: Arc<Mutex<RestartRecord>>,
     /// What was given up on it for want of memory; likewise.
     oom: Arc<Mutex<RungCounts>>,
+    /// Its replicas' workers; likewise.
+    pub(super) lives: Lives,
 }
 
 impl DeviceChild {
@@ -29,7 +31,14 @@ impl DeviceChild {
     fn new(policy: &Supervision, seed: u64, device: &DeviceId) -> Self {
         let seed = device.as_str().bytes().fold(seed, |seed, byte| mix(seed ^ u64::from(byte)));
         let record = Arc::new(Mutex::new(RestartRecord::new(policy.clone(), seed)));
-        Self { actor: None, placed: Vec::new(), quarantined: None, record, oom: Arc::default() }
+        Self {
+            actor: None,
+            placed: Vec::new(),
+            quarantined: None,
+            record,
+            oom: Arc::default(),
+            lives: Lives::default(),
+        }
     }
 }
 
@@ -89,6 +98,7 @@ impl HouseState {
             quarantined: child.quarantined.clone(),
             record: child.record.clone(),
             oom: child.oom.clone(),
+            lives: child.lives.clone(),
         };
         match Actor::spawn_linked(None, DeviceSupervisor, args, self.me.get_cell()).await {
             Ok((actor, _)) => {
