@@ -885,6 +885,70 @@ async fn calls_of_tools_whole_and_streamed() {
     house.shut_down().await;
 }
 
+/// A model that would go on for ever: after the one call that it may have its text ends, and its request with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_parallel_calls_a_text_ends_with_its_first() {
+    let tagged = "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Edo\"}}\n</tool_call>";
+    let bare = "{\"name\": \"weather\", \"parameters\": {\"city\": \"Edo\"}}";
+    let harmony = "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{\"city\":\"Edo\"}<|end|>";
+    let marks = [
+        ("{# <tool_call> #}", tagged),
+        ("{# \"name\" \"parameters\" #}", bare),
+        ("{# <|channel|> <|message|> #}", harmony),
+    ];
+    for (mark, says) in marks {
+        let mut card = card_with_template("basho", &format!("{mark}{TALK}"));
+        Arc::get_mut(&mut card).expect("nobody else has it").context = u32::MAX;
+        let options = playhouse::text::EncodeOptions { add_special: false, parse_special: false };
+        let script = card.tokenizer.encode(says, options).expect("tokens");
+        let n_tokens = script.len() as u64;
+        let counts = Counts::default();
+        let seen = counts.clone();
+        let mut setup =
+            Setup::default().engine(move || Box::new(Speaker::new(script.clone(), false, Pace::Free, seen.clone())));
+        setup.cards = vec![card];
+        let house = setup.start().await;
+        let mut body = asking_for_weather(json!("auto"));
+        body["parallel_tool_calls"] = json!(false);
+        body["max_tokens"] = json!(1_000_000_000);
+        body["n"] = json!(2);
+        let whole = post(house.address, "/v1/chat/completions", &body).send().await.json();
+        for choice in whole["choices"].as_array().expect("choices") {
+            assert_eq!(choice["finish_reason"], "tool_calls", "{whole}");
+            let calls = choice["message"]["tool_calls"].as_array().expect("calls");
+            assert_eq!((calls.len(), &calls[0]["function"]["arguments"]), (1, &json!("{\"city\":\"Edo\"}")), "{mark}");
+        }
+        assert_eq!(whole["usage"]["completion_tokens"], 2 * n_tokens, "{mark}: what was read, and no more");
+
+        body["n"] = json!(1);
+        body["stream"] = json!(true);
+        body["stream_options"] = json!({"include_usage": true});
+        let chunks = chunks_of(&post(house.address, "/v1/chat/completions", &body).events().await);
+        let [.., last, usage] = chunks.as_slice() else { panic!("{chunks:?}") };
+        assert_eq!(last["choices"][0]["finish_reason"], "tool_calls");
+        assert_eq!(usage["usage"]["completion_tokens"], n_tokens, "{mark}");
+
+        let flat = json!({"type": "function", "name": "weather", "parameters": {"type": "object"}});
+        let body = json!({"model": "basho", "input": "a", "tools": [flat], "parallel_tool_calls": false});
+        let response = post(house.address, "/v1/responses", &body).send().await.json();
+        assert_eq!(
+            (&response["status"], &response["output"][0]["type"]),
+            (&json!("completed"), &json!("function_call"))
+        );
+        assert_eq!(response["usage"]["output_tokens"], n_tokens, "{mark}");
+
+        // All four texts were cancelled, and none is still made.
+        house
+            .wait("free", |status| {
+                let is_free = status.router.as_ref().is_some_and(|router| router.services[0].open_requests == 0);
+                is_free && counts.running.load(Ordering::SeqCst) == 0
+            })
+            .await;
+        assert_eq!(counts.cancelled.load(Ordering::SeqCst), 4, "{mark}");
+        house.shut_down().await;
+    }
+}
+
 /// The conversation, and nothing of the tools: the embedded model's context is short, and it would not read them.
 const TALK: &str = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}\n{% endif %}";
 

@@ -18,7 +18,7 @@ pub use card::{CardError, ModelCard};
 pub use error::{Invalid, RequestError};
 pub use handle::{Embedding, ModelHandle};
 pub use request::{ChatRequest, GenerateRequest, Prompt};
-pub use stream::{Collected, End, Event, Outcome, Token, TokenStream};
+pub use stream::{Collected, End, Ender, Event, Outcome, Token, TokenStream};
 
 use arc_swap::ArcSwap;
 use playhouse_actors::{HouseHandle, Refusal};

@@ -8,6 +8,8 @@ use futures_util::stream::SelectAll;
 use playhouse_actors::engine::{FinishReason, RequestId, TokenLogprobs};
 use playhouse_actors::messages::{Failure, StreamEvent, Terminal};
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -82,11 +84,30 @@ pub struct Collected {
     pub end: End,
 }
 
+/// Ends single choices of a stream, for whoever reads in their text that they are complete. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Ender(Arc<[AtomicBool]>);
+
+impl Ender {
+    /// Ends a choice as a stop id would: its request is cancelled, and its end is the next that the stream yields of it,
+    /// if this is called before the stream is polled again. A choice that has ended, or that is none, stays as it is.
+    pub fn end(&self, choice: u32) {
+        if let Some(ended) = self.0.get(choice as usize) {
+            ended.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn has_ended(&self, choice: u32) -> bool {
+        self.0.get(choice as usize).is_some_and(|ended| ended.load(Ordering::Relaxed))
+    }
+}
+
 /// The stream of a request with one choice or several. Dropping it cancels what has not ended: the KV is free within a
 /// step. It is also a [`Stream`].
 pub struct TokenStream {
     choices: SelectAll<ChoiceStream>,
     ids: Vec<RequestId>,
+    ender: Ender,
     seed: u64,
     prompt: Vec<u32>,
 }
@@ -100,7 +121,14 @@ impl std::fmt::Debug for TokenStream {
 impl TokenStream {
     pub(super) fn new(parts: Vec<Choice>, seed: u64, prompt: Vec<u32>) -> Self {
         let ids = parts.iter().filter_map(|part| Some(part.inner.as_ref()?.id())).collect();
-        Self { choices: parts.into_iter().map(Choice::into_stream).collect(), ids, seed, prompt }
+        let ender = Ender(parts.iter().map(|_| AtomicBool::new(false)).collect());
+        let choices = parts.into_iter().map(|part| part.into_stream(ender.clone())).collect();
+        Self { choices, ids, ender, seed, prompt }
+    }
+
+    /// Ends single choices of this stream.
+    pub fn ender(&self) -> Ender {
+        self.ender.clone()
     }
 
     /// The seed: asked for or drawn. With it the same request gives the same text again.
@@ -171,15 +199,19 @@ pub(super) struct Choice {
 }
 
 impl Choice {
-    fn into_stream(self) -> ChoiceStream {
+    fn into_stream(self, ender: Ender) -> ChoiceStream {
         // A stop string ends a choice in the middle of a token's event: the end follows as an event of its own.
-        let start = (self, None);
-        Box::pin(futures_util::stream::unfold(start, |(mut choice, pending)| async move {
+        let start = (self, ender, None);
+        Box::pin(futures_util::stream::unfold(start, |(mut choice, ender, pending)| async move {
             if let Some(end) = pending {
-                return Some((Event::End(end), (choice, None)));
+                return Some((Event::End(end), (choice, ender, None)));
+            }
+            if choice.inner.is_some() && ender.has_ended(choice.number) {
+                let end = choice.end(String::new(), Outcome::Stop { hit: None }, None);
+                return Some((Event::End(end), (choice, ender, None)));
             }
             let (event, pending) = choice.advance().await?;
-            Some((event, (choice, pending)))
+            Some((event, (choice, ender, pending)))
         }))
     }
 

@@ -67,8 +67,11 @@ pub(super) fn choices(card: &ModelCard, spoken: Spoken, stream: &TokenStream) ->
     let template = card.template.as_ref().map_or("", |template| template.source());
     let prompt = stream.prompt();
     let end = card.tokenizer.decode(&prompt[prompt.len().saturating_sub(PROMPT_END_TOKENS)..], false);
-    let choice = |_| ChatChoice::new(Splitter::new(spoken.syntax, template, &end), spoken.parallel_calls);
-    stream.ids().iter().map(choice).collect()
+    let choice = |number| {
+        let splitter = Splitter::new(spoken.syntax, template, &end);
+        ChatChoice::new(splitter, spoken.parallel_calls).ended_by(stream.ender(), number)
+    };
+    (0..).zip(stream.ids()).map(|(number, _)| choice(number)).collect()
 }
 
 impl Chat {

@@ -2,6 +2,7 @@
 
 use super::super::id;
 use super::super::output::{Piece, Splitter};
+use crate::client::Ender;
 use serde_json::{Value, json};
 
 /// What a piece of text adds to a choice, in the API's terms.
@@ -56,6 +57,8 @@ pub(super) struct ChatChoice {
     n_calls: usize,
     /// Whether there may be more than one.
     parallel_calls: bool,
+    /// Ends the text where nothing that follows would be wanted, and the number by which it knows this choice.
+    ender: Option<(Ender, u32)>,
     /// Within a call that is one too many.
     is_dropping: bool,
     is_reasoning: bool,
@@ -70,10 +73,18 @@ impl ChatChoice {
             pieces: Vec::new(),
             n_calls: 0,
             parallel_calls,
+            ender: None,
             is_dropping: false,
             is_reasoning: false,
             reasoning_tokens: 0,
         }
+    }
+
+    /// One that may have a single call ends its text after it: what the model goes on to say would be thrown away.
+    #[must_use]
+    pub(super) fn ended_by(mut self, ender: Ender, number: u32) -> Self {
+        self.ender = (!self.parallel_calls).then_some((ender, number));
+        self
     }
 
     /// What one token's text adds.
@@ -81,6 +92,12 @@ impl ChatChoice {
         self.splitter.push(text, &mut self.pieces);
         self.take(deltas);
         self.reasoning_tokens += u64::from(self.is_reasoning);
+        if let Some((ender, number)) = &self.ender
+            && self.n_calls > 0
+            && self.splitter.call_is_complete()
+        {
+            ender.end(*number);
+        }
     }
 
     /// What the end adds: its last text, and all that was held back.

@@ -50,6 +50,10 @@ impl Harmony {
         while self.advance(pieces) {}
     }
 
+    pub(super) fn is_in_call(&self) -> bool {
+        self.state == State::Body(Kind::Call)
+    }
+
     /// One step of the machine; false when it needs more text.
     fn advance(&mut self, pieces: &mut Vec<Piece>) -> bool {
         match self.state {

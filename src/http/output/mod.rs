@@ -122,6 +122,15 @@ impl Splitter {
         }
     }
 
+    /// Whether the arguments of the last call, if there was one, are complete.
+    pub(super) fn call_is_complete(&self) -> bool {
+        match self {
+            Self::Harmony(harmony) => !harmony.is_in_call(),
+            // These hold calls back until they are.
+            Self::Plain | Self::Thinking(..) => true,
+        }
+    }
+
     /// All that was held back.
     pub(super) fn finish(&mut self, pieces: &mut Vec<Piece>) {
         match self {
