@@ -62,7 +62,10 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
             return ApiError::param(named.unwrap_or(&path), message);
         }
         match error.inner().classify() {
-            serde_json::error::Category::Data => ApiError::bad(param(&path, &message), message).code("invalid_type"),
+            serde_json::error::Category::Data => {
+                let (param, code) = blame(&path, &message);
+                ApiError::bad(param, message).code(code)
+            }
             _ => ApiError::bad(None, format!("the body is not JSON that can be read: {message}")).code("invalid_json"),
         }
     })?;
@@ -70,13 +73,14 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     Ok(value)
 }
 
-/// Which parameter is wrong; one that is missing is named by the message alone.
-fn param(path: &str, message: &str) -> Option<String> {
+/// Which parameter is wrong, and how; one that is missing is named by the message alone.
+fn blame(path: &str, message: &str) -> (Option<String>, &'static str) {
     let missing = message.strip_prefix("missing field `").and_then(|rest| rest.split('`').next());
     match (path, missing) {
-        (".", missing) => missing.map(str::to_owned),
-        (path, Some(missing)) => Some(format!("{path}.{missing}")),
-        (path, None) => Some(path.to_owned()),
+        (".", Some(missing)) => (Some(missing.to_owned()), "missing_required_parameter"),
+        (path, Some(missing)) => (Some(format!("{path}.{missing}")), "missing_required_parameter"),
+        (".", None) => (None, "invalid_type"),
+        (path, None) => (Some(path.to_owned()), "invalid_type"),
     }
 }
 
@@ -99,10 +103,10 @@ mod tests {
 
     #[test]
     fn errors_name_the_parameter() {
-        let param = |text: &str| {
-            let error = parse::<Outer>(text.as_bytes()).expect_err("it is wrong").json();
-            error["error"]["param"].as_str().map(str::to_owned)
-        };
+        let error = |text: &str| parse::<Outer>(text.as_bytes()).expect_err("it is wrong").json()["error"].take();
+        let param = |text: &str| error(text)["param"].as_str().map(str::to_owned);
+        assert_eq!(error(r#"{"list": [{"count": "x"}]}"#)["code"], "invalid_type");
+        assert_eq!(error("{}")["code"], "missing_required_parameter");
         assert_eq!(param(r#"{"list": [{"count": 1}, {"count": "x"}]}"#).as_deref(), Some("list[1].count"));
         assert_eq!(param(r#"{"list": [{}]}"#).as_deref(), Some("list[0].count"));
         assert_eq!(param("{}").as_deref(), Some("list"));
