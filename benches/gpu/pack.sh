@@ -22,7 +22,7 @@ executables() { sed -n 's/.*Executable .*\(tests\|benches\)\/\([a-z0-9_]*\)\(\/m
 build() {
   local prefix=$1 list=$stage.list name path
   shift
-  cargo test --locked --no-run "$@" 2>&1 | tee /dev/stderr | executables > "$list"
+  cargo test --locked --no-run "$@" 2>&1 | tee >(cat >&2) | executables > "$list"
   [ -s "$list" ] || { echo "pack.sh: cargo test --no-run $* built nothing that it names" >&2; return 1; }
   while read -r name path; do strip -o "$stage/$prefix$name" "$path"; done < "$list"
   rm "$list"

@@ -170,6 +170,7 @@ phase_memory() {
 phase_bench() {
   has playhouse || return
   local model
+  [ -n "$(files "$MODELS")" ] || { say "FAIL bench: none of $MODELS is in $WORK" && failed=1 && return; }
   for model in $MODELS; do
     [ -f "$(file "$model")" ] || continue
     bench "$model" one --prompt 512,4096 --batch 1 --decode 128
@@ -201,6 +202,7 @@ phase_kernels() {
   has bench_kernels || return
   # shellcheck disable=SC2086 # one word or none
   within 300 "$BIN/bench_kernels" ${KERNELS:-} > "$OUT/kernels.txt" 2>&1 || { say "FAIL kernels: $(tail -1 "$OUT/kernels.txt")" && failed=1; }
+  grep -q 'is skipped' "$OUT/kernels.txt" && say "FAIL kernels: found no GPU to run on" && failed=1
   tee -a "$LOG" < "$OUT/kernels.txt"
 }
 
