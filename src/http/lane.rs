@@ -140,8 +140,8 @@ mod tests {
     #[tokio::test]
     async fn a_panic_reaches_whoever_asked_and_nobody_else() {
         let lane = Lane::start().expect("a thread");
-        let panicked: std::thread::Result<()> = lane.run(None, || panic!("moon")).await;
-        assert_eq!(panicked.expect_err("it panicked").downcast_ref(), Some(&"moon"));
+        let panicked: Result<(), _> = lane.run(None, || panic!("moon")).await;
+        assert_eq!(panicked.expect_err("it panicked").downcast_ref::<&str>(), Some(&"moon"));
         assert_eq!(lane.run(None, || 3).await.ok(), Some(3));
     }
 }
