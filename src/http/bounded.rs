@@ -95,8 +95,12 @@ impl Writer<'_> {
 
     fn put<E: de::Error>(self, value: &(impl serde::Serialize + ?Sized)) -> Result<Option<String>, E> {
         serde_json::to_writer(&mut *self.out, value).map_err(E::custom)?;
-        at_most("response_format", self.out.len(), limits::CONSTRAINT_BYTES_MAX)?;
+        self.measure()?;
         Ok(None)
+    }
+
+    fn measure<E: de::Error>(&self) -> Result<(), E> {
+        at_most("response_format", self.out.len(), limits::CONSTRAINT_BYTES_MAX)
     }
 }
 
@@ -144,6 +148,7 @@ impl<'de> Visitor<'de> for Writer<'_> {
         let begin = self.out.len();
         while list.next_element_seed(self.inner())?.is_some() {
             self.out.push(b',');
+            self.measure()?;
         }
         close(self.out, begin, b']');
         Ok(None)
@@ -156,6 +161,7 @@ impl<'de> Visitor<'de> for Writer<'_> {
             self.out.push(b':');
             object.next_value_seed(self.inner())?;
             self.out.push(b',');
+            self.measure()?;
         }
         close(self.out, begin, b'}');
         Ok(None)
@@ -326,6 +332,9 @@ mod tests {
         let error = read(limits::CONSTRAINT_BYTES_MAX).expect_err("too long").to_string();
         let (message, param) = read_refusal(&error).expect("marked");
         assert_eq!((param, message.starts_with("`response_format` is more than")), (Some("response_format"), true));
+        let nothing = |n: usize| serde_json::from_str::<Document>(&format!("[{}]", vec!["[]"; n].join(",")));
+        let n = (limits::CONSTRAINT_BYTES_MAX - 1) / 3;
+        assert!(nothing(n).is_ok() && nothing(n + 1).is_err(), "brackets are bytes, too");
     }
 
     #[test]
