@@ -2,7 +2,8 @@
 //! faults at random from one seed. After every step the invariants are checked; when the faults stop, everything must
 //! come to its end.
 //!
-//! `SIM_SEED=42 cargo test -p playhouse-actors --test simulation` replays one seed; `SIM_SEEDS=100000` runs so many.
+//! `SIM_SEED=42 cargo test -p playhouse-actors --test simulation` replays one seed; `SIM_SEEDS=100000` runs so many,
+//! `SIM_SEEDS=50000..100000` those from the first to before the second.
 
 use playhouse_actors::device_supervisor::DeviceMsg;
 use playhouse_actors::engine::{FinishReason, SamplingParams, Task};
@@ -597,19 +598,24 @@ fn quiet_simulated_panics() {
 #[test]
 fn seeds() {
     quiet_simulated_panics();
-    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
-    if let Some(seed) = number("SIM_SEED") {
-        println!("{}", on_paused_clock(seed));
+    if let Ok(seed) = std::env::var("SIM_SEED") {
+        println!("{}", on_paused_clock(seed.parse().expect("a number")));
         return;
     }
-    let count = number("SIM_SEEDS").unwrap_or(SEEDS);
-    for seed in 0..count {
+    for seed in wanted_seeds() {
         let result = std::panic::catch_unwind(|| on_paused_clock(seed));
         if let Err(panic) = result {
             println!("replay with: SIM_SEED={seed} cargo test -p playhouse-actors --test simulation seeds");
             std::panic::resume_unwind(panic);
         }
     }
+}
+
+/// `SIM_SEEDS`: how many, or from which to which.
+fn wanted_seeds() -> std::ops::Range<u64> {
+    let Ok(text) = std::env::var("SIM_SEEDS") else { return 0..SEEDS };
+    let number = |text: &str| text.parse().unwrap_or_else(|_| panic!("SIM_SEEDS: expected a number, found {text:?}"));
+    text.split_once("..").map_or_else(|| 0..number(&text), |(from, to)| number(from)..number(to))
 }
 
 #[test]

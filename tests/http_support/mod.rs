@@ -151,7 +151,7 @@ fn run(
                     }
                     Err(error) => drop(events.blocking_send(WorkerEvent::Refused { id, error })),
                 }
-                // Take in whatever else waits before the next step.
+                // As a real worker does: whatever else waits is taken in before the next step.
                 if busy {
                     continue;
                 }
@@ -159,6 +159,7 @@ fn run(
             Some(WorkerCommand::Cancel(id)) => {
                 engine.cancel(id);
                 busy = true;
+                continue;
             }
             Some(WorkerCommand::Shutdown) => return WorkerEnd::Asked,
             None => {}
