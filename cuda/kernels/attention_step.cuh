@@ -14,7 +14,6 @@ struct StepArgs : AttentionArgs { // its q is unused
     unsigned *tickets; // [n_items][kv head], zero between launches
     float norm_eps;
     int qkv_stride, k_first, v_first, n_rot, interleaved;
-    int n_items, head_dim;
 };
 
 constexpr int UNIT_WARPS = 8, UNIT_THREADS = UNIT_WARPS * WARP;

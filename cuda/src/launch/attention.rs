@@ -168,7 +168,7 @@ struct AttentionArgs {
 /// Mirrors `StepArgs` of `attention_step.cuh`.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub(super) struct StepArgs {
+struct StepArgs {
     attention: AttentionArgs,
     qkv: u64,
     table: u64,
@@ -182,8 +182,6 @@ pub(super) struct StepArgs {
     v_first: i32,
     n_rot: i32,
     interleaved: i32,
-    n_items: i32,
-    head_dim: i32,
 }
 
 /// Rows of the largest item that [`Item::cut`] makes of one token in pieces of [`DECODE_ROWS`].
@@ -267,37 +265,10 @@ impl Attention<'_> {
         partial: &Buffer<f32>,
         tickets: &Buffer<u32>,
     ) -> Result<(), CudaError> {
-        let args = self.step_args(rope, decode, partial, tickets)?;
-        // Scores, the new key and value, the largest scores. Mirrors `UnitShared`.
-        let shared = 2 * self.stage_bytes() + 8192 + 1024 + 512;
-        let n_units = decode.n_items * self.heads.n_kv_heads * decode.max_splits;
-        let launch = Launch { grid: (n_units as u32, 1, 1), block: (256, 1, 1), shared_bytes: shared, overlap: true };
-        let kernel = kernels.get("attention_step", step_name(self.kv.format, self.heads.head_dim), shared)?;
-        // SAFETY: StepArgs mirrors the kernel's parameter; it was held against the buffers when it was made.
-        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args)) }
-    }
-
-    /// Arguments of attention with rotation, held against their buffers.
-    pub(super) fn step_args(
-        &self,
-        (rope, n): (&RopeKv<'_>, usize),
-        decode: &DecodeItems<'_>,
-        partial: &Buffer<f32>,
-        tickets: &Buffer<u32>,
-    ) -> Result<StepArgs, CudaError> {
         self.check_decode(decode, partial)?;
-        rope.check(n)?;
-        let layer = |kv: &KvLayer, heads: Heads| (kv.k.ptr(), kv.v.ptr(), kv.format, heads);
-        if layer(rope.kv, rope.heads) != layer(self.kv, self.heads) {
-            let found = format!("{:?} of {:?} and {:?} of {:?}", rope.heads, rope.kv, self.heads, self.kv);
-            return Err(contract("rotation and attention", "one layer and its heads", found));
-        }
-        let n_tickets = decode.n_items * self.heads.n_kv_heads;
-        if tickets.len() < n_tickets {
-            return Err(contract("tickets", n_tickets, tickets.len()));
-        }
-        let rope = rope.args();
-        Ok(StepArgs {
+        self.check_step(rope, decode, tickets)?;
+        let rope = rope.0.args();
+        let args = StepArgs {
             attention: self.args(decode.items, partial.ptr(), decode.rows, decode.max_splits),
             qkv: rope.qkv,
             table: rope.table,
@@ -311,9 +282,34 @@ impl Attention<'_> {
             v_first: rope.v_first,
             n_rot: rope.n_rot,
             interleaved: rope.interleaved,
-            n_items: decode.n_items as i32,
-            head_dim: self.heads.head_dim as i32,
-        })
+        };
+        // Scores, the new key and value, the largest scores. Mirrors `UnitShared`.
+        let shared = 2 * self.stage_bytes() + 8192 + 1024 + 512;
+        let n_units = decode.n_items * self.heads.n_kv_heads * decode.max_splits;
+        let launch = Launch { grid: (n_units as u32, 1, 1), block: (256, 1, 1), shared_bytes: shared, overlap: true };
+        let kernel = kernels.get("attention_step", step_name(self.kv.format, self.heads.head_dim), shared)?;
+        // SAFETY: StepArgs mirrors the kernel's parameter; `check_decode` and `check_step` held every buffer against the shapes.
+        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args)) }
+    }
+
+    /// Holds a rotation, and the tickets, against the attention that they are for.
+    fn check_step(
+        &self,
+        (rope, n): (&RopeKv<'_>, usize),
+        decode: &DecodeItems<'_>,
+        tickets: &Buffer<u32>,
+    ) -> Result<(), CudaError> {
+        rope.check(n)?;
+        let layer = |kv: &KvLayer, heads: Heads| (kv.k.ptr(), kv.v.ptr(), kv.format, heads);
+        if layer(rope.kv, rope.heads) != layer(self.kv, self.heads) {
+            let found = format!("{:?} of {:?} and {:?} of {:?}", rope.heads, rope.kv, self.heads, self.kv);
+            return Err(contract("rotation and attention", "one layer and its heads", found));
+        }
+        let n_tickets = decode.n_items * self.heads.n_kv_heads;
+        match tickets.len() < n_tickets {
+            true => Err(contract("tickets", n_tickets, tickets.len())),
+            false => Ok(()),
+        }
     }
 
     fn check_decode(&self, decode: &DecodeItems<'_>, partial: &Buffer<f32>) -> Result<(), CudaError> {
