@@ -22,7 +22,8 @@ struct FeedArgs {
 };
 
 // Waits, and lets no successor start before this kernel has ended: kernels of the step read items, tables and keys of earlier steps before
-// they wait themselves, and they may start as soon as their own predecessor has. All of that must be there when the first of them starts.
+// they wait themselves, and they may start as soon as their own predecessor has. All of that must be there when the first of them starts,
+// whichever op that is: a backend may be asked for an attention with nothing before it.
 DEVICE void wait_for_predecessor_alone() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -46,8 +46,9 @@ pub fn embed(
         .with(row_bytes as u64)
         .with(table.n_cols as i32)
         .with(scale);
-    // The first kernel of a step starts when what brings the step's inputs has ended: those after it read items, block tables and the
-    // cache of earlier steps before they wait for their predecessor.
+    // The one plain launch of a model's step. `feed` has held its successors until it ended; that is an order of starts. Kernels further
+    // on read items, block tables and the cache of earlier steps before they wait for their predecessor, and so without the wait
+    // that makes a predecessor's writes visible. The border of a plain launch does that for all that starts after it.
     let launch = Launch::new((n as u32, table.n_cols.div_ceil(1024) as u32, 1), (64, 1, 1));
     // SAFETY: the arguments are the kernel's parameters in order; the checks above held the buffers against the shapes, and
     // tokens are validated where the batch is made.
