@@ -218,7 +218,7 @@ impl Attention<'_> {
         let slabs = self.kv.format == KvFormat::F16 && self.heads.head_dim >= SLAB && kernels.has_wgmma();
         let shared = match slabs {
             true => slab_bytes(self.heads.head_dim),
-            false => 2 * self.stage_bytes() + merged_bytes(self.kv.format, self.heads.head_dim),
+            false => prefill_bytes(self.kv.format, self.heads.head_dim),
         };
         let kernel = kernels.get("attention_prefill", name, shared)?;
         let grid = (n_items as u32, self.heads.n_kv_heads as u32, 1);
@@ -236,7 +236,7 @@ impl Attention<'_> {
         self.check_decode(decode, partial)?;
         let DecodeItems { items, n_items, rows, max_splits } = *decode;
         let (split, merge) = decode_names(self.kv.format, self.heads.head_dim);
-        let shared = 2 * self.stage_bytes();
+        let shared = 2 * stage_bytes(self.kv.format, self.heads.head_dim);
         let args = self.args(items, partial.ptr(), rows, max_splits);
         let n_kv_heads = self.heads.n_kv_heads as u32;
         let grid = (n_items as u32, n_kv_heads, max_splits as u32);
@@ -283,8 +283,7 @@ impl Attention<'_> {
             n_rot: rope.n_rot,
             interleaved: rope.interleaved,
         };
-        // Scores, the new key and value, the largest scores. Mirrors `UnitShared`.
-        let shared = 2 * self.stage_bytes() + 8192 + 1024 + 512;
+        let shared = step_bytes(self.kv.format, self.heads.head_dim);
         let n_units = decode.n_items * self.heads.n_kv_heads * decode.max_splits;
         let launch = Launch { grid: (n_units as u32, 1, 1), block: (256, 1, 1), shared_bytes: shared, overlap: true };
         let kernel = kernels.get("attention_step", step_name(self.kv.format, self.heads.head_dim), shared)?;
@@ -324,16 +323,6 @@ impl Attention<'_> {
             return Err(contract("partial", needed, partial.len()));
         }
         Ok(())
-    }
-
-    /// Shared memory of a tile of keys and one of values. Mirrors `STAGE` of `attention.cuh`.
-    fn stage_bytes(&self) -> u32 {
-        let head_dim = self.heads.head_dim;
-        let row = match self.kv.format {
-            KvFormat::F16 => head_dim * 2 + 16,
-            KvFormat::Q8_0 => head_dim + 16 + 2 * head_dim.div_ceil(32),
-        };
-        (2 * TILE * row) as u32
     }
 
     fn args(&self, items: &Buffer<i32>, partial: u64, rows: usize, max_splits: usize) -> AttentionArgs {
@@ -377,6 +366,25 @@ impl Attention<'_> {
             _ => Ok(()),
         }
     }
+}
+
+/// Shared memory of a tile of keys and one of values. Mirrors `STAGE` of `attention.cuh`.
+fn stage_bytes(format: KvFormat, head_dim: usize) -> u32 {
+    let row = match format {
+        KvFormat::F16 => head_dim * 2 + 16,
+        KvFormat::Q8_0 => head_dim + 16 + 2 * head_dim.div_ceil(32),
+    };
+    (2 * TILE * row) as u32
+}
+
+/// Shared memory of a unit of a step: two stages, scores, the new key and value, the largest scores. Mirrors `UnitShared`.
+fn step_bytes(format: KvFormat, head_dim: usize) -> u32 {
+    2 * stage_bytes(format, head_dim) + 8192 + 1024 + 512
+}
+
+/// Shared memory of a prefill block whose warps work by themselves: two stages and the merged sums.
+fn prefill_bytes(format: KvFormat, head_dim: usize) -> u32 {
+    2 * stage_bytes(format, head_dim) + merged_bytes(format, head_dim)
 }
 
 /// Shared memory of a prefill block's merged sums. Mirrors `SHARED` of `attention_prefill.cu`.
@@ -579,4 +587,70 @@ impl RopeKv<'_> {
 
 fn contract(what: &str, expected: impl ToString, found: impl ToString) -> CudaError {
     CudaError::Contract { op: format!("attention: {what}"), expected: expected.to_string(), found: found.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    const FORMATS: [KvFormat; 2] = [KvFormat::F16, KvFormat::Q8_0];
+    /// What a block may have on chips with little shared memory, and on Hopper.
+    const LITTLE: u32 = 99 << 10;
+    const MUCH: u32 = 227 << 10;
+
+    fn each() -> impl Iterator<Item = (KvFormat, usize)> {
+        FORMATS.into_iter().flat_map(|format| HEAD_DIMS.iter().map(move |dim| (format, *dim)))
+    }
+
+    #[test]
+    fn every_format_and_head_size_has_kernels_of_its_own() {
+        for name in [prefill_name, step_name, |format, dim| decode_names(format, dim).0] {
+            let names: BTreeSet<&str> = each().map(|(format, dim)| name(format, dim)).collect();
+            assert_eq!(names.len(), FORMATS.len() * HEAD_DIMS.len());
+            for (format, dim) in each() {
+                let end = if format == KvFormat::F16 { format!("_{dim}") } else { format!("_q8_{dim}") };
+                assert!(name(format, dim).ends_with(&end), "{} is not of {dim}", name(format, dim));
+            }
+        }
+        assert!(each().all(|(format, dim)| decode_names(format, dim).1 == format!("attention_merge_{dim}")));
+    }
+
+    #[test]
+    fn blocks_have_the_shared_memory_that_they_ask_for() {
+        for (format, dim) in each() {
+            let most = [2 * stage_bytes(format, dim), step_bytes(format, dim), prefill_bytes(format, dim)];
+            assert!(most.into_iter().all(|bytes| bytes <= LITTLE), "{format:?} {dim}: {most:?}");
+            assert!(slab_bytes(dim) <= MUCH && slab_bytes(dim).is_multiple_of(128));
+            // What follows a stage is read sixteen bytes at a time.
+            assert!(stage_bytes(format, dim).is_multiple_of(16), "{format:?} {dim}");
+        }
+    }
+
+    #[test]
+    fn items_hold_each_row_once() {
+        for (n_heads, n_kv_heads) in [(14, 2), (32, 32), (64, 8), (17, 1), (3, 1)] {
+            let heads = Heads { n_heads, n_kv_heads, head_dim: 64 };
+            for n_tokens in [1, 2, 3, 17, 31, 33, 127] {
+                for rows in [DECODE_ROWS, PREFILL_ROWS] {
+                    let items: Vec<Item> = Item::cut(5, n_tokens, 9, heads, rows).collect();
+                    let n_rows = n_tokens * n_heads / n_kv_heads;
+                    assert_eq!(items.len(), n_rows.div_ceil(rows));
+                    for (i, item) in items.iter().enumerate() {
+                        assert_eq!(item.words(), [5, (i * rows) as i32, n_rows as i32, 9]);
+                    }
+                }
+            }
+            assert!(rows_of_one_token(heads) <= DECODE_ROWS.min(n_heads / n_kv_heads));
+        }
+    }
+
+    #[test]
+    fn work_space_and_cache_are_what_their_rows_take() {
+        let heads = Heads { n_heads: 14, n_kv_heads: 2, head_dim: 64 };
+        assert_eq!(decode_partial_len(heads, 3, rows_of_one_token(heads), 4), 3 * 2 * 4 * 7 * (64 + 2));
+        assert_eq!(KvFormat::F16.head_bytes(96), 32 * 192);
+        assert_eq!(KvFormat::Q8_0.head_bytes(96), 32 * 3 * 34);
+        assert_eq!(KvFormat::Q8_0.head_bytes(16), 32 * 34, "a part of a group takes a whole one");
+    }
 }

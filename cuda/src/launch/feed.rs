@@ -94,14 +94,29 @@ pub fn feed(
     let mut args = FeedArgs { pieces: [none; MAX_PIECES], chosen: chosen.ptr(), n_tokens: n_tokens as u64 };
     args.pieces[..pieces.len()].copy_from_slice(&pieces);
     let most = pieces.iter().map(|piece| piece.n_words as usize).max().unwrap_or(0);
-    let n_blocks = most.div_ceil(4 * 256).clamp(1, MAX_BLOCKS);
-    let mut launch = Launch::new((n_blocks as u32, pieces.len() as u32, 1), (256, 1, 1));
+    let mut launch = Launch::new((blocks(most) as u32, pieces.len() as u32, 1), (256, 1, 1));
     launch.overlap = true;
     // SAFETY: FeedArgs mirrors the kernel's parameter; pieces and rows were held against their buffers, which wait for the device before they
     // give their memory back.
     unsafe { kernels.get("feed", "feed", 0)?.launch(kernels.gpu(), launch, Args::new().with(args)) }
 }
 
+/// Blocks for pieces of up to `n_words`: a thread has a quad, or more of them where there are too many.
+fn blocks(n_words: usize) -> usize {
+    n_words.div_ceil(4 * 256).clamp(1, MAX_BLOCKS)
+}
+
 fn contract(expected: String, found: impl ToString) -> CudaError {
     CudaError::Contract { op: "feed".into(), expected, found: found.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_has_a_quad_until_the_bus_is_busy() {
+        let found = [0, 1, 1024, 1025, 32 * 1024, 32 * 1024 + 1, 1 << 24].map(blocks);
+        assert_eq!(found, [1, 1, 1, 2, 32, 32, 32]);
+    }
 }
