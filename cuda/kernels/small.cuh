@@ -1,6 +1,8 @@
-// What the kernels of few columns share: where x lies in shared memory, a tile's product, and the sum of the chunks of a stripe.
+// What the kernels of few columns share: where x lies in shared memory, a tile's product, the sum of the chunks of a stripe, and a block's
+// way through its stripes.
 #pragma once
 #include "matmul.cuh"
+#include "norm.cuh"
 
 // x in shared memory: per tile of 64 k the 16 values of lane t = 0..3 of a fragment one after another, so that a lane takes them
 // with two loads; rows are 16 bytes longer than they need be.
@@ -73,5 +75,144 @@ DEVICE void finish_stripe(const MatmulArgs &args, const float (*partial)[TILE_RO
         } else {
             static_cast<float *>(args.y)[to] = args.epilogue == ADD_F32 ? own.y + v : v;
         }
+    }
+}
+
+// Tiles in flight per warp: enough bytes to cover the latency of memory, few enough registers for 16 warps an SM.
+template <int KIND> __host__ __device__ constexpr int depth() {
+    return KIND == F16 ? 2 : KIND == Q4 || KIND == MX4 ? 8 : 4;
+}
+
+// A block's shared memory besides x.
+struct SmallShared {
+    float partial[2][8][TILE_ROWS * 8]; // sums of chunks, in turn
+    float squares[8][NORM_WARPS];
+};
+
+// x to shared memory, normalised if it comes in f32. Ends with a barrier.
+DEVICE void stage_x(half *xs, float (&sums)[8][NORM_WARPS], const MatmulArgs &args, const half *x, int thread, int n_threads) {
+    const int stride = shared_stride(args.n_tiles), width = args.n_tiles * TILE_K;
+    if (args.x_full == nullptr) {
+        const int pieces = width / 8;
+        // Loads first, several at a time: a store might change what they read, for all that the compiler knows.
+        constexpr int AHEAD = 4;
+        for (int first = thread; first < args.n * pieces; first += AHEAD * n_threads) {
+            uint4 v[AHEAD];
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) {
+                const int i = first + k * n_threads, row = i / pieces, part = i % pieces;
+                if (row < args.n) v[k] = *reinterpret_cast<const uint4 *>(x + static_cast<size_t>(row) * args.x_stride + part * 8);
+            }
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) {
+                const int i = first + k * n_threads, row = i / pieces, part = i % pieces;
+                if (row >= args.n) break;
+                half *target = xs + row * stride + shared_place(part * 8);
+                *reinterpret_cast<uint32_t *>(target) = v[k].x, *reinterpret_cast<uint32_t *>(target + 16) = v[k].y;
+                *reinterpret_cast<uint32_t *>(target + 32) = v[k].z, *reinterpret_cast<uint32_t *>(target + 48) = v[k].w;
+            }
+        }
+        __syncthreads();
+        return;
+    }
+    const int warp = thread / WARP, lane = thread % WARP, n_warps = n_threads / WARP;
+    for (int i = warp; i < args.n * NORM_WARPS; i += n_warps) {
+        const int row = i / NORM_WARPS;
+        sum_squares(sums[row], args.x_full + static_cast<size_t>(row) * args.n_cols, args.n_cols, i % NORM_WARPS, lane);
+    }
+    __syncthreads();
+    for (int row = 0; row < args.n; row++) {
+        const float *in = args.x_full + static_cast<size_t>(row) * args.n_cols;
+        const float inverse = inverse_rms(sums[row], args.n_cols, args.norm_eps, lane);
+        // As above.
+        constexpr int AHEAD = 8;
+        for (int first = thread; first < width; first += AHEAD * n_threads) {
+            float v[AHEAD], w[AHEAD];
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                const int c = first + i * n_threads;
+                v[i] = c < args.n_cols ? in[c] : 0.0f, w[i] = c < args.n_cols ? args.norm_weight[c] : 0.0f;
+            }
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                const int c = first + i * n_threads;
+                if (c < width) xs[row * stride + shared_place(c)] = c < args.n_cols ? to_half(v[i] * inverse * w[i]) : __float2half_rn(0.0f);
+            }
+        }
+    }
+    __syncthreads();
+}
+
+// What does not depend on the predecessor and is read after it: the norm's weights, and the biases of the first stripe.
+DEVICE void prefetch_constants(const MatmulArgs &args, int mat, int block, int thread, int n_threads) {
+    if (args.x_full != nullptr) {
+        for (int c = thread * 32; c < args.n_cols; c += n_threads * 32) prefetch(args.norm_weight + c);
+    }
+    const int rows = args.epilogue == GATED_F16 ? TILE_ROWS / 2 : TILE_ROWS;
+    const int first = min(block * rows, args.n_rows - 1);
+    const size_t at = static_cast<size_t>(mat) * args.n_rows + first;
+    if (thread == 0 && args.bias != nullptr) prefetch(args.bias + at);
+    if (thread == 0 && args.bias_up != nullptr) prefetch(args.bias_up + at);
+}
+
+// The stripes of block `block` of the `n_blocks` that share a product.
+template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args, SmallShared &own, uint8_t *shared, int block, int n_blocks) {
+    constexpr int DEPTH = depth<KIND>();
+    const int lane = threadIdx.x, warp = threadIdx.y, job = blockIdx.y;
+    dependents_may_start();
+    // Experts: the matrix of a job is known only once the router has run.
+    if (args.mat_of != nullptr) wait_for_predecessor();
+    const int mat = args.mat_of == nullptr ? 0 : args.mat_of[job];
+    const half *x = args.x + static_cast<size_t>(args.mat_of == nullptr ? 0 : job / args.jobs_per_row) * args.x_stride;
+
+    const int per_chunk = chunk_tiles(args.n_tiles);
+    const int begin = warp * per_chunk, end = min(begin + per_chunk, args.n_tiles);
+    const size_t mat_tiles = static_cast<size_t>(mat) * args.n_stripes * args.n_tiles;
+    RawTile<KIND> raw[DEPTH];
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+        if (begin + d < end) load_tile(raw[d], args.w, mat_tiles + static_cast<size_t>(block) * args.n_tiles + begin + d, lane);
+    }
+    prefetch_constants(args, mat, block, warp * WARP + lane, blockDim.y * WARP);
+    wait_for_predecessor();
+    half *xs = reinterpret_cast<half *>(shared);
+    if (STAGED) stage_x(xs, own.squares, args, x, warp * WARP + lane, blockDim.y * WARP);
+    // Columns that there are not repeat the first: their sums are not written.
+    const int column = lane / 4 < args.n ? lane / 4 : 0;
+    const half *x_lane = STAGED ? xs + column * shared_stride(args.n_tiles) + 16 * (lane % 4)
+                                : x + static_cast<size_t>(column) * args.x_stride + 2 * (lane % 4);
+
+    int turn = 0;
+    for (int stripe = block; stripe < args.n_stripes; stripe += n_blocks) {
+        const size_t here = mat_tiles + static_cast<size_t>(stripe) * args.n_tiles;
+        const Ends ends = load_ends(args, mat, stripe, job, warp * WARP + lane);
+        float acc[4] = {};
+        for (int tile0 = begin; tile0 < end; tile0 += DEPTH) {
+            // What follows these tiles: those of this stripe, or the first ones of the next.
+            const bool last = tile0 + DEPTH >= end;
+            const int next_stripe = stripe + n_blocks;
+            const size_t next = last ? here + static_cast<size_t>(n_blocks) * args.n_tiles + begin : here + tile0 + DEPTH;
+            const int n_next = last ? (next_stripe < args.n_stripes ? end - begin : 0) : end - tile0 - DEPTH;
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++) {
+                const int tile = tile0 + d;
+                if (tile < end) {
+                    uint32_t b[8];
+                    if constexpr (STAGED) {
+                        take_staged(b, x_lane + tile * TILE_K);
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < 8; i++) b[i] = *reinterpret_cast<const uint32_t *>(x_lane + tile * TILE_K + 8 * i);
+                    }
+                    multiply_tile(acc, raw[d], b);
+                }
+                if (d < n_next) load_tile(raw[d], args.w, next + d, lane);
+            }
+        }
+        // The barrier of one stripe lets the other half of `partial` be written again.
+        keep_partial(own.partial[turn][warp], acc, lane);
+        __syncthreads();
+        finish_stripe(args, own.partial[turn], mat, stripe, job, blockDim.y, warp * WARP + lane, ends);
+        turn ^= 1;
     }
 }

@@ -457,12 +457,12 @@ fn contract(what: &str, expected: impl ToString, found: impl ToString) -> CudaEr
 }
 
 /// Most bytes of activations that a block of the small kernel keeps: two blocks share a multiprocessor.
-const STAGED_BYTES: u32 = 96 << 10;
+pub(super) const STAGED_BYTES: u32 = 96 << 10;
 /// Blocks of the small kernel that a multiprocessor holds at once.
-const SMALL_BLOCKS: usize = 2;
+pub(super) const SMALL_BLOCKS: usize = 2;
 
 /// Shared memory for `n` rows of activations, if that is not too much. Mirrors `shared_stride`.
-fn staged_bytes(n_tiles: usize, n: usize) -> Option<u32> {
+pub(super) fn staged_bytes(n_tiles: usize, n: usize) -> Option<u32> {
     let bytes = n * (n_tiles * TILE_K + 8) * 2;
     u32::try_from(bytes).ok().filter(|bytes| *bytes <= STAGED_BYTES)
 }
