@@ -273,13 +273,19 @@ impl Product<'_> {
     /// As [`Product::launch`].
     pub fn launch_normalised(&self, kernels: &Kernels, norm: &NormInput<'_>) -> Result<(), CudaError> {
         self.check()?;
+        self.check_norm(norm)?;
+        self.launch_small(kernels, chunks(self.matrix.shape().n_tiles), Some(norm))
+    }
+
+    /// Holds rows to normalise against the product.
+    pub(super) fn check_norm(&self, norm: &NormInput<'_>) -> Result<(), CudaError> {
         let n_cols = self.matrix.n_cols();
         if norm.weight.len() != n_cols || norm.x.len() < self.n * n_cols || !self.can_normalise() {
             let expected = format!("up to {SMALL_COLUMNS} rows of {n_cols} for one matrix");
             let found = format!("{} of {}", norm.x.len(), norm.weight.len());
             return Err(contract("rows to normalise", expected, found));
         }
-        self.launch_small(kernels, chunks(self.matrix.shape().n_tiles), Some(norm))
+        Ok(())
     }
 
     /// Whether [`Product::launch_normalised`] takes this product: few columns of one matrix that fit into shared memory.
@@ -336,7 +342,7 @@ impl Product<'_> {
         Ok(())
     }
 
-    fn args(&self, partial: u64, norm: Option<&NormInput<'_>>) -> MatmulArgs {
+    pub(super) fn args(&self, partial: u64, norm: Option<&NormInput<'_>>) -> MatmulArgs {
         let shape = self.matrix.shape();
         let ptr = |buffer: Option<&Buffer<f32>>| buffer.map_or(0, Buffer::ptr);
         let (y, y_stride, epilogue) = match &self.output {
@@ -381,7 +387,7 @@ impl Product<'_> {
         }
     }
 
-    fn check(&self) -> Result<(), CudaError> {
+    pub(super) fn check(&self) -> Result<(), CudaError> {
         if self.n == 0 {
             return Err(contract("n", "at least one column", 0));
         }

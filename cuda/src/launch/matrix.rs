@@ -43,6 +43,11 @@ impl Kind {
         }
     }
 
+    /// The kind's number in the kernels: `Kind` of `tiles.cuh`.
+    pub(super) fn number(self) -> i32 {
+        self as i32
+    }
+
     /// Bytes of one tile in the planes of quants, high bits and scales.
     pub fn plane_bytes(self) -> [usize; 3] {
         match self {

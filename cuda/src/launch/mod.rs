@@ -6,6 +6,7 @@ pub mod feed;
 pub mod gate;
 pub mod matmul;
 pub mod matrix;
+pub mod mixed;
 pub mod moe;
 pub mod norm;
 pub mod peak;

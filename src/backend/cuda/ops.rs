@@ -13,6 +13,7 @@ use playhouse_cuda::launch::embed::embed;
 use playhouse_cuda::launch::gate::gate_up;
 use playhouse_cuda::launch::matmul::{Experts, Gate, NormInput, Output, Product, Rows};
 use playhouse_cuda::launch::matrix::{HalfRows, Matrix};
+use playhouse_cuda::launch::mixed::{can_go_together, launch_together};
 use playhouse_cuda::launch::moe::{Choices, Groups};
 use playhouse_cuda::launch::norm::{self, RmsNorm};
 use std::sync::Arc;
@@ -59,7 +60,7 @@ impl CudaBackend {
         attention::rope_kv(&self.kernels, &rope, n)
     }
 
-    /// q, k and v side by side, in one product where they are one matrix.
+    /// q, k and v side by side: in one product where they are one matrix, in one launch where the rows are few.
     fn project_qkv(
         &mut self,
         op: &QkvOp<'_, Self>,
@@ -68,25 +69,32 @@ impl CudaBackend {
         stride: usize,
         n: usize,
     ) -> Done {
-        let linears = [op.q, op.k, op.v];
-        let (mut first, mut column) = (0, 0);
-        while first < linears.len() {
-            let y = Rows { data: qkv.slice(column..n * stride), stride };
-            let n_parts = linears[first].weight.joined_matrix().map_or(1, |joined| joined.n_parts);
-            let run = &linears[first..(first + n_parts).min(linears.len())];
-            if let Some((matrix, bias)) = fused(run) {
-                self.normed_product(matrix, normed, n, (bias.as_ref(), None), Output::Store(y))?;
-                first += run.len();
-                column += matrix.n_rows();
-            } else {
-                let matrix = run[0].weight.matrix();
-                let bias = run[0].bias.map(|b| b.vector(matrix.n_rows()));
-                self.normed_product(matrix, normed, n, (bias, None), Output::Store(y))?;
-                first += 1;
-                column += matrix.n_rows();
+        let projections = projections(&[op.q, op.k, op.v]);
+        let output = |p: &Projection<'_>| Output::Store(Rows { data: qkv.slice(p.column..n * stride), stride });
+        if projections.len() > 1 && normed.rows.is_none() && normed.done.is_none() {
+            let n_cols = normed.weight.len();
+            let unused = self.work.normed(n, n_cols)?;
+            let together: Vec<Product<'_>> = projections
+                .iter()
+                .map(|p| Product {
+                    matrix: p.matrix,
+                    x: &unused,
+                    n,
+                    bias: p.bias.as_ref(),
+                    bias_up: None,
+                    experts: Experts::One,
+                    output: output(p),
+                })
+                .collect();
+            if can_go_together(&together) {
+                let x = normed.x.full(n_cols)?.data;
+                let input = NormInput { x: &x, weight: normed.weight, eps: normed.eps };
+                return launch_together(&self.kernels, &together, Some(&input));
             }
         }
-        Ok(())
+        projections
+            .iter()
+            .try_for_each(|p| self.normed_product(p.matrix, normed, n, (p.bias.as_ref(), None), output(p)))
     }
 
     pub(super) fn run_attention(&mut self, op: &AttentionOp<'_, Self>, q: &CudaTensor, out: &mut CudaTensor) -> Done {
@@ -380,6 +388,33 @@ fn gate_of(activation: Activation) -> Gate {
         Activation::SwiGlu => Gate::SwiGlu,
         Activation::SwiGluClamped { alpha, limit } => Gate::Clamped { alpha, limit },
     }
+}
+
+/// A product of q, k and v, or of some of them: its matrix, its bias, and its first column in their row.
+struct Projection<'a> {
+    matrix: &'a Matrix,
+    bias: Option<Buffer<f32>>,
+    column: usize,
+}
+
+/// The products that projections side by side are: neighbours of one kind are one matrix.
+fn projections<'a>(linears: &[Linear<'a, CudaBackend>]) -> Vec<Projection<'a>> {
+    let (mut all, mut first, mut column) = (Vec::new(), 0, 0);
+    while first < linears.len() {
+        let n_parts = linears[first].weight.joined_matrix().map_or(1, |joined| joined.n_parts);
+        let run = &linears[first..(first + n_parts).min(linears.len())];
+        let (n_linears, matrix, bias) = match fused(run) {
+            Some((matrix, bias)) => (run.len(), matrix, bias),
+            None => {
+                let matrix = run[0].weight.matrix();
+                (1, matrix, run[0].bias.map(|bias| bias.vector(matrix.n_rows()).clone()))
+            }
+        };
+        all.push(Projection { matrix, bias, column });
+        first += n_linears;
+        column += matrix.n_rows();
+    }
+    all
 }
 
 /// The matrix and bias that some projections are together, if they are.
