@@ -300,7 +300,7 @@ impl Product<'_> {
         let staged = staged_bytes(shape.n_tiles, columns);
         let name = small_name(self.matrix.kind(), staged.is_some());
         let kernel = kernels.get("matmul_small", name, STAGED_BYTES)?;
-        let n_blocks = small_blocks(shape.n_stripes, jobs, kernels.gpu().info().n_sms as usize);
+        let n_blocks = small_blocks(shape.n_stripes, n_chunks, jobs, kernels.gpu().info().n_sms as usize);
         let mut launch = Launch::new((n_blocks as u32, jobs as u32, 1), (32, n_chunks as u32, 1));
         launch.shared_bytes = staged.unwrap_or(0);
         launch.overlap = true;
@@ -464,8 +464,11 @@ fn contract(what: &str, expected: impl ToString, found: impl ToString) -> CudaEr
 
 /// Most bytes of activations that a block of the small kernel keeps: two blocks share a multiprocessor.
 pub(super) const STAGED_BYTES: u32 = 96 << 10;
-/// Blocks of the small kernel that a multiprocessor holds at once.
+/// Blocks of the small kernel that a multiprocessor holds at once where they have [`MAX_CHUNKS`] warps.
 pub(super) const SMALL_BLOCKS: usize = 2;
+/// Warps of the small kernel that a multiprocessor holds at once: as many as its registers allow. The shared memory of blocks of fewer
+/// warps is less as well, since k is shorter.
+const SMALL_WARPS: usize = SMALL_BLOCKS * MAX_CHUNKS;
 
 /// Shared memory for `n` rows of activations, if that is not too much. Mirrors `shared_stride`.
 pub(super) fn staged_bytes(n_tiles: usize, n: usize) -> Option<u32> {
@@ -473,9 +476,10 @@ pub(super) fn staged_bytes(n_tiles: usize, n: usize) -> Option<u32> {
     u32::try_from(bytes).ok().filter(|bytes| *bytes <= STAGED_BYTES)
 }
 
-/// Blocks that share the stripes of each job: as many as the device holds at once, each with as many stripes as the others.
-fn small_blocks(n_stripes: usize, jobs: usize, n_sms: usize) -> usize {
-    let most = (SMALL_BLOCKS * n_sms / jobs).max(1);
+/// Blocks of `n_chunks` warps that share the stripes of each job: as many as the device holds at once, each with as many stripes as the
+/// others.
+fn small_blocks(n_stripes: usize, n_chunks: usize, jobs: usize, n_sms: usize) -> usize {
+    let most = (SMALL_WARPS / n_chunks * n_sms / jobs).max(1);
     let rounds = n_stripes.div_ceil(most);
     n_stripes.div_ceil(rounds)
 }
@@ -545,12 +549,28 @@ mod tests {
 
     #[test]
     fn blocks_of_the_small_kernel_share_the_stripes_evenly() {
-        assert_eq!(small_blocks(56, 1, 132), 56);
-        assert_eq!(small_blocks(1792, 1, 132), 256); // seven each
-        assert_eq!(small_blocks(360, 4, 132), 60); // six each, four jobs side by side
-        assert_eq!(small_blocks(1, 1000, 132), 1);
+        assert_eq!(small_blocks(56, 8, 1, 132), 56);
+        assert_eq!(small_blocks(1792, 8, 1, 132), 256); // seven each
+        assert_eq!(small_blocks(360, 8, 4, 132), 60); // six each, four jobs side by side
+        assert_eq!(small_blocks(1, 8, 1000, 132), 1);
+        assert_eq!(small_blocks(608, 4, 1, 132), 304); // Qwen2.5-0.5B's gate and up: two each
+        assert_eq!(small_blocks(9496, 4, 1, 132), 528); // its head: 18 each but the last
         assert_eq!(staged_bytes(64, 8), Some(8 * 4104 * 2));
         assert_eq!(staged_bytes(224, 8), None);
+    }
+
+    #[test]
+    fn a_multiprocessor_has_the_shared_memory_of_the_blocks_that_its_registers_hold() {
+        // Sums of chunks and of squares, and what the driver keeps of a block.
+        const OWN: usize = 2 * 8 * TILE_ROWS * 8 * 4 + 8 * 8 * 4 + 1024;
+        for n_tiles in 1..400 {
+            let Some(staged) = staged_bytes(n_tiles, SMALL_COLUMNS) else { continue };
+            let n_blocks = SMALL_WARPS / chunks(n_tiles);
+            assert!(
+                n_blocks * (staged as usize + OWN) <= 228 << 10,
+                "{n_blocks} blocks of {staged} bytes, {n_tiles} tiles"
+            );
+        }
     }
 
     #[test]
