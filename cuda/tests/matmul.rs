@@ -38,7 +38,7 @@ fn activations(bench: &Bench, random: &mut Random, rows: usize, n_cols: usize) -
 fn product(bench: &Bench, matrix: &Matrix, x: &HalfRows, n: usize) -> Vec<f32> {
     let y = bench.zeros::<f32>(n * matrix.n_rows());
     let n_sms = bench.gpu.info().n_sms as usize;
-    let partial: Buffer<f32> = bench.zeros(matmul::partial_len(matrix.shape(), n, n_sms, None).max(1));
+    let partial: Buffer<f32> = bench.zeros(matmul::partial_len(matrix.kind(), matrix.shape(), n, n_sms, None).max(1));
     let output = Output::Store(Rows { data: y.clone(), stride: matrix.n_rows() });
     let product = Product { matrix, x, n, bias: None, bias_up: None, experts: Experts::One, output };
     product.launch(&bench.kernels, &partial).expect("launches");
@@ -100,6 +100,23 @@ fn every_format_agrees_at_hundreds_of_columns() {
             let (found, budget) = (f64::from(all[column * n_rows + row]), size * 2f64.powi(-18) + 1e-9);
             assert!((found - exact).abs() <= budget, "{}: {found} is not {exact} +- {budget}", format.name);
         }
+    }
+}
+
+#[test]
+fn tall_matrices_of_f16_are_walked_to_the_same_bits() {
+    let Some(bench) = bench("tall_matrices_of_f16_are_walked_to_the_same_bits") else { return };
+    let mut random = Random(7);
+    // Two thirds as many blocks as the device has multiprocessors, the last of which has few rows; eight chunks, the last of one tile.
+    let n_sms = bench.gpu.info().n_sms as usize;
+    let (n_rows, n_cols) = (n_sms * 2 / 3 * 128 + 19, 2304);
+    let case = matrix(&bench, &mut random, Format::by_name("F16").expect("listed"), n_rows, n_cols, 1);
+    let (x, _) = activations(&bench, &mut random, 200, n_cols);
+    let all = product(&bench, &case.matrix, &x, 200);
+    for n in [3, 9, 32, 33, 64, 65, 127] {
+        let some = product(&bench, &case.matrix, &x, n);
+        let same = some.iter().zip(&all).all(|(a, b)| a.to_bits() == b.to_bits());
+        assert!(same, "{n_rows} x {n_cols}: {n} columns differ from 200");
     }
 }
 

@@ -193,8 +193,16 @@ fn chunk_tiles(n_tiles: usize) -> usize {
 /// Chooses how to run a product of `n` columns. The choice changes speed, never bits.
 ///
 /// A large product whose blocks would not fill the device once splits k: Llama-3-8B's 4096 x 4096 at 64 columns has
-/// 32 blocks for 132 multiprocessors, and 256 with its 8 chunks.
-pub fn plan(n_stripes: usize, n_tiles: usize, n: usize, n_sms: usize, column_tile: Option<usize>) -> Plan {
+/// 32 blocks for 132 multiprocessors, and 256 with its 8 chunks. Blocks of f16 that fill half of it walk their chunks instead: they do little
+/// but read W, and the sums of chunks are two thirds as many bytes again, written and read (9,216 x 3,072 at 64 columns: 38 MB
+/// beside 57). An H200 took half to two thirds of the time for the two shapes of Phi-3-mini, with a build that had one chunk.
+pub fn plan(
+    kind: Kind,
+    TileShape { n_stripes, n_tiles, .. }: TileShape,
+    n: usize,
+    n_sms: usize,
+    column_tile: Option<usize>,
+) -> Plan {
     if n <= SMALL_COLUMNS && column_tile.is_none() {
         return Plan::Small { n_chunks: chunks(n_tiles) };
     }
@@ -206,7 +214,8 @@ pub fn plan(n_stripes: usize, n_tiles: usize, n: usize, n_sms: usize, column_til
         128
     });
     let blocks = n_stripes.div_ceil(STRIPES_PER_BLOCK) * n.div_ceil(columns);
-    let splits = if blocks >= n_sms { 1 } else { chunks(n_tiles) };
+    let enough = if kind == Kind::F16 { n_sms.div_ceil(2) } else { n_sms };
+    let splits = if blocks >= enough { 1 } else { chunks(n_tiles) };
     Plan::Large { columns, splits }
 }
 
@@ -221,8 +230,8 @@ impl Plan {
 }
 
 /// f32 elements of work space that a product of `n` columns may need.
-pub fn partial_len(shape: TileShape, n: usize, n_sms: usize, column_tile: Option<usize>) -> usize {
-    plan(shape.n_stripes, shape.n_tiles, n, n_sms, column_tile).partial_len(shape, n)
+pub fn partial_len(kind: Kind, shape: TileShape, n: usize, n_sms: usize, column_tile: Option<usize>) -> usize {
+    plan(kind, shape, n, n_sms, column_tile).partial_len(shape, n)
 }
 
 impl Product<'_> {
@@ -240,7 +249,7 @@ impl Product<'_> {
                 return Plan::Wide(wide);
             }
         }
-        match plan(shape.n_stripes, shape.n_tiles, n, info.n_sms as usize, column_tile) {
+        match plan(self.matrix.kind(), shape, n, info.n_sms as usize, column_tile) {
             Plan::Large { columns, splits } if column_tile.is_none() => {
                 Plan::Large { columns: columns.min(most_columns(info.capability)), splits }
             }
@@ -575,10 +584,39 @@ mod tests {
 
     #[test]
     fn few_columns_go_to_the_small_kernel_and_many_fill_the_device() {
-        assert_eq!(plan(256, 64, 1, 132, None), Plan::Small { n_chunks: 8 });
-        assert_eq!(plan(256, 64, 8, 132, None), Plan::Small { n_chunks: 8 });
-        assert_eq!(plan(256, 64, 64, 132, None), Plan::Large { columns: 64, splits: 8 });
-        assert_eq!(plan(256, 64, 4096, 132, None), Plan::Large { columns: 128, splits: 1 });
-        assert_eq!(plan(360, 45, 64, 132, Some(32)), Plan::Large { columns: 32, splits: 8 });
+        let plan =
+            |n_stripes, n_tiles, n, tile| plan(Kind::Q4, TileShape { n_mats: 1, n_stripes, n_tiles }, n, 132, tile);
+        assert_eq!(plan(256, 64, 1, None), Plan::Small { n_chunks: 8 });
+        assert_eq!(plan(256, 64, 8, None), Plan::Small { n_chunks: 8 });
+        assert_eq!(plan(256, 64, 64, None), Plan::Large { columns: 64, splits: 8 });
+        assert_eq!(plan(256, 64, 4096, None), Plan::Large { columns: 128, splits: 1 });
+        assert_eq!(plan(360, 45, 64, Some(32)), Plan::Large { columns: 32, splits: 8 });
+    }
+
+    #[test]
+    fn half_a_device_of_f16_walks_its_chunks() {
+        let splits = |kind, n_rows: usize, n_cols: usize, n| {
+            let shape =
+                TileShape { n_mats: 1, n_stripes: n_rows.div_ceil(TILE_ROWS), n_tiles: n_cols.div_ceil(TILE_K) };
+            match plan(kind, shape, n, 132, None) {
+                Plan::Large { splits, .. } => splits,
+                other => panic!("{other:?}"),
+            }
+        };
+        // Phi-3-mini's q, k and v, and its gate and up: 72 and 128 blocks.
+        assert_eq!([9216, 16_384].map(|n_rows| splits(Kind::F16, n_rows, 3072, 64)), [1, 1]);
+        assert_eq!([9216, 16_384].map(|n_rows| splits(Kind::Q4, n_rows, 3072, 64)), [8, 8]);
+        // 24 and 65 blocks are too few, 66 are half.
+        assert_eq!([3072, 8320, 8336].map(|n_rows| splits(Kind::F16, n_rows, 3072, 33)), [8, 8, 1]);
+        // Two tiles of columns are twice the blocks.
+        assert_eq!([64, 128, 129].map(|n| splits(Kind::F16, 4608, 4096, n)), [8, 8, 1]);
+    }
+
+    #[test]
+    fn work_space_is_what_the_plan_writes() {
+        let shape = TileShape { n_mats: 1, n_stripes: 200, n_tiles: 48 };
+        assert_eq!(partial_len(Kind::Q8, shape, 64, 132, None), 8 * 64 * 200 * TILE_ROWS);
+        assert_eq!(partial_len(Kind::Q8, shape, 8, 132, None), 0);
+        assert_eq!(partial_len(Kind::F16, TileShape { n_stripes: 1024, ..shape }, 64, 132, None), 0);
     }
 }

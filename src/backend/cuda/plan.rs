@@ -213,14 +213,14 @@ impl WorkSizes {
 /// The most that a split product of the model needs.
 fn partial_len(shape: &ModelShape, n_sms: usize) -> usize {
     let products = shape.groups.iter().filter(|g| g.weights.first().is_some_and(|w| w.uses.product));
-    let shapes: HashSet<(TileShape, bool)> =
-        products.flat_map(|group| matrices(group).into_iter().map(|(_, s)| (s, s.n_mats > 1))).collect();
-    let most = |(tiles, is_expert): &(TileShape, bool)| {
-        let len = |n: usize| match shape.moe.filter(|_| *is_expert) {
-            None => matmul::partial_len(*tiles, n, n_sms, None),
+    let shapes: HashSet<(matrix::Kind, TileShape)> = products.flat_map(matrices).collect();
+    let most = |(kind, tiles): &(matrix::Kind, TileShape)| {
+        let is_expert = tiles.n_mats > 1;
+        let len = |n: usize| match shape.moe.filter(|_| is_expert) {
+            None => matmul::partial_len(*kind, *tiles, n, n_sms, None),
             Some(experts) => match expert_tile(n, experts) {
                 None => 0,
-                tile => matmul::partial_len(*tiles, expert_rows(n, experts).0, n_sms, tile),
+                tile => matmul::partial_len(*kind, *tiles, expert_rows(n, experts).0, n_sms, tile),
             },
         };
         (1..=shape.max_tokens.max(shape.max_logit_rows)).map(len).max().unwrap_or(0)
