@@ -11,8 +11,8 @@ constexpr int TILE = 4 * THREADS; // ids that a block takes at once
 constexpr int MAX_TILES = 512;    // 2^20 ids
 constexpr int LIST = 2048;        // candidates that a block can hold
 constexpr int FINISH = 256;       // candidates of all blocks that are ranked one by one
-constexpr int WORDS = 9;
 constexpr int SECTIONS = 8;
+constexpr int WORDS = SECTIONS + 1;
 
 struct Shared {
     uint64_t slot[2][WORDS]; // what the other blocks of the cluster read, in turn
@@ -26,6 +26,7 @@ struct Shared {
     uint64_t found[2];
     unsigned n_listed, n_few;
 };
+static_assert(sizeof(Shared) <= 48 << 10, "as much as a kernel may declare");
 
 // A row, and the part of it that this block has.
 struct Row {
@@ -65,7 +66,8 @@ template <int AHEAD, class F> DEVICE void for_quads(const Row &row, F f) {
 template <bool IS_MAX> DEVICE uint64_t joined(uint64_t a, uint64_t b) { return IS_MAX ? (a > b ? a : b) : a + b; }
 
 // Joins each value over all threads of the cluster: the sum, or the greatest. Every thread gets the result.
-template <int N, bool IS_MAX> DEVICE void join(Shared &shared, Row &row, uint64_t (&v)[N]) {
+template <int N, bool IS_MAX = false> DEVICE void join(Shared &shared, Row &row, uint64_t (&v)[N]) {
+    static_assert(N <= WORDS, "there is a place for each");
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -268,15 +270,33 @@ DEVICE Cut finish(Shared &shared, Row &row, unsigned low, unsigned high, uint64_
     return Cut{static_cast<unsigned>(shared.found[0] >> 32), static_cast<unsigned>(shared.found[0])};
 }
 
+// Gives what is listed inside the cut its weight, and takes everything else off the list.
+DEVICE void weigh_list(Shared &shared, Cut cut, const Scale &scale) {
+    __syncthreads();
+    for (unsigned i = threadIdx.x; i < shared.n_listed; i += THREADS) {
+        const unsigned key = shared.listed[i] >> 32;
+        const bool is_kept = is_inside(cut, key, static_cast<unsigned>(shared.listed[i]));
+        shared.mass[i] = is_kept ? weight(logit_of(key), scale) : 0;
+        if (!is_kept) shared.listed[i] = 0; // below every key of a logit
+    }
+    __syncthreads();
+}
+
 // The shortest run of first ranks, inside `outer` and not below the key `low`, whose measure reaches a target: the number of
 // ids `n` (BY_MASS false), or `top_p` of the weight of all of them. All of them if their measure is less.
+// `lists_all`: every id inside `outer` and not below `low` is listed, in all blocks; after it, every id of the result is. Then nobody needs
+// to pass over the row again. By mass only what was listed before stays so: counting ids beside their weights took an eighth longer where
+// the nucleus is large.
 template <bool BY_MASS>
-DEVICE Cut first_ranks(Shared &shared, Row &row, Cut outer, unsigned low, unsigned max_key, float temperature, unsigned n, float top_p) {
+DEVICE Cut first_ranks(Shared &shared, Row &row, Cut outer, unsigned low, unsigned max_key, float temperature, unsigned n, float top_p,
+                       bool &lists_all) {
     const float max = logit_of(max_key);
     const Scale scale = scale_of(max, temperature);
     unsigned high = max_key + 1;
     uint64_t above = 0, target = n;
-    bool is_listed = false;
+    uint64_t n_from_low = ~0ull; // ids above the range and in it, where they are what is measured
+    bool is_listed = lists_all;
+    const int first_listed = lists_all ? 0 : 1;
     for (int step = 0;; step++) {
         unsigned cuts[SECTIONS];
         place_cuts(cuts, step, low, high, max, temperature);
@@ -295,6 +315,10 @@ DEVICE Cut first_ranks(Shared &shared, Row &row, Cut outer, unsigned low, unsign
             __syncthreads();
             if (threadIdx.x == 0) shared.n_listed = 0;
             __syncthreads();
+            // What is above the range is listed as well if there is room for all of it in any block. All blocks of a row say the same: in the
+            // second step each of them is here, and later on only those without a list.
+            if (!BY_MASS && (step == 1 || row.size == 1)) lists_all = n_from_low <= LIST;
+            const unsigned upto = lists_all ? max_key + 1 : high;
             for_quads<2>(row, [&](int id, const float(&v)[4]) {
                 unsigned key[4];
                 bool wanted[4];
@@ -302,17 +326,17 @@ DEVICE Cut first_ranks(Shared &shared, Row &row, Cut outer, unsigned low, unsign
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     key[i] = key_of(v[i]);
-                    wanted[i] = key[i] >= low && key[i] < high && is_inside(outer, key[i], id + i);
+                    wanted[i] = key[i] >= low && key[i] < upto && is_inside(outer, key[i], id + i);
                 }
                 if (BY_MASS) weights(measure, v, scale, wanted[0] || wanted[1] || wanted[2] || wanted[3]);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    if (wanted[i]) take(key[i], measure[i]);
+                    if (wanted[i] && key[i] < high) take(key[i], measure[i]);
                 }
                 if (step > 0) append(shared, wanted, key, id, measure);
             });
         }
-        join<SECTIONS + 1, false>(shared, row, sums);
+        join<SECTIONS + 1>(shared, row, sums);
         if (!is_listed) is_listed = step > 0 && shared.n_listed <= LIST;
         if (step == 0) {
             if (BY_MASS) {
@@ -338,6 +362,7 @@ DEVICE Cut first_ranks(Shared &shared, Row &row, Cut outer, unsigned low, unsign
             }
         }
         above = over;
+        if (!BY_MASS) n_from_low = here;
         if (here == target) return Cut{low, NO_ID};
         if (high - low == 1) {
             const uint64_t each = BY_MASS ? weight(logit_of(low), scale) : 1;
@@ -346,6 +371,6 @@ DEVICE Cut first_ranks(Shared &shared, Row &row, Cut outer, unsigned low, unsign
             return Cut{low, nth_equal(shared, row, low, needed, outer)};
         }
         // Every block that had no list made one in this step, for its own were few enough.
-        if (step > 0 && sums[SECTIONS] <= FINISH) return finish<BY_MASS>(shared, row, low, high, above, target);
+        if (step >= first_listed && sums[SECTIONS] <= FINISH) return finish<BY_MASS>(shared, row, low, high, above, target);
     }
 }

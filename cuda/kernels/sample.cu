@@ -78,8 +78,9 @@ DEVICE void adjust(const SampleArgs &args, const SampleRow &params, Row &row) {
     __syncthreads();
 }
 
-// Draws among the ids inside both cuts, in ascending order of ids. Gives back key << 32 | id in every thread.
-DEVICE uint64_t draw(Shared &shared, Row &row, const SampleRow &params, unsigned max_key, Cut by_k, Cut by_p) {
+// Draws among the ids inside both cuts, in ascending order of ids; `is_listed`: all of them are listed with their weights. Gives back
+// key << 32 | id in every thread.
+DEVICE uint64_t draw(Shared &shared, Row &row, const SampleRow &params, unsigned max_key, Cut by_k, Cut by_p, bool is_listed) {
     const Scale scale = scale_of(logit_of(max_key), params.temperature);
     uint64_t least = fraction_of(params.min_p, WEIGHT_ONE);
     if (least == 0) least = 1;
@@ -103,14 +104,24 @@ DEVICE uint64_t draw(Shared &shared, Row &row, const SampleRow &params, unsigned
     };
     for (int i = threadIdx.x; i < MAX_TILES; i += THREADS) shared.tile[i] = 0;
     __syncthreads();
-    for_quads<2>(row, [&](int id, const float(&v)[4]) {
-        uint64_t w[4], sum = kept(id, v, w);
-        if (__any_sync(0xffffffffu, sum != 0)) {
-#pragma unroll
-            for (int offset = 16; offset > 0; offset >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-            if (threadIdx.x % WARP == 0) atomicAdd(reinterpret_cast<unsigned long long *>(&shared.tile[id / TILE - row.first_tile]), sum);
+    auto add = [&](int id, uint64_t sum) {
+        atomicAdd(reinterpret_cast<unsigned long long *>(&shared.tile[id / TILE - row.first_tile]), sum);
+    };
+    if (is_listed) {
+        for (unsigned i = threadIdx.x; i < shared.n_listed; i += THREADS) {
+            const unsigned key = shared.listed[i] >> 32, id = static_cast<unsigned>(shared.listed[i]);
+            if (key >= lowest && is_inside(by_k, key, id) && is_inside(by_p, key, id) && shared.mass[i] >= least) add(id, shared.mass[i]);
         }
-    });
+    } else {
+        for_quads<2>(row, [&](int id, const float(&v)[4]) {
+            uint64_t w[4], sum = kept(id, v, w);
+            if (__any_sync(0xffffffffu, sum != 0)) {
+#pragma unroll
+                for (int offset = 16; offset > 0; offset >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+                if (threadIdx.x % WARP == 0) add(id, sum);
+            }
+        });
+    }
     __syncthreads();
     uint64_t own, total, in_tile;
     static_assert(MAX_TILES == THREADS, "a thread has a tile");
@@ -159,7 +170,8 @@ DEVICE double log_of_total(Shared &shared, Row &row, float max) {
 // Writes the `n` most likely ids in order, with their log probabilities; gives back how many there are.
 DEVICE unsigned report_top(Shared &shared, Row &row, unsigned n, unsigned max_key, double log_total, unsigned *tokens, float *logprobs) {
     const Cut all = {0, NO_ID};
-    const Cut cut = first_ranks<false>(shared, row, all, KEY_OF_SMALLEST, max_key, 1.0f, n, 1.0f);
+    bool is_listed = false;
+    const Cut cut = first_ranks<false>(shared, row, all, KEY_OF_SMALLEST, max_key, 1.0f, n, 1.0f, is_listed);
     __syncthreads();
     if (threadIdx.x == 0) shared.n_listed = 0;
     __syncthreads();
@@ -237,13 +249,16 @@ DEVICE void sample_row(Shared &shared, Row &row, const SampleArgs &args, const S
         const float lowest = fmaxf(__fsub_rn(max, __fmul_rn(32.0f, params.temperature)), -LARGEST);
         const unsigned floor_key = min(key_of(lowest), max_key);
         Cut by_k = {0, NO_ID}, by_p = {0, NO_ID};
-        if (params.top_k > 0 && params.top_k < static_cast<unsigned>(row.n_vocab))
-            by_k = first_ranks<false>(shared, row, by_k, floor_key, max_key, params.temperature, params.top_k, 1.0f);
+        bool is_listed = false; // all ids inside the cuts so far, with their weights
+        if (params.top_k > 0 && params.top_k < static_cast<unsigned>(row.n_vocab)) {
+            by_k = first_ranks<false>(shared, row, by_k, floor_key, max_key, params.temperature, params.top_k, 1.0f, is_listed);
+            if (is_listed) weigh_list(shared, by_k, scale_of(max, params.temperature));
+        }
         if (params.top_p < 1.0f) {
             const unsigned low = ::max(floor_key, by_k.key);
-            by_p = first_ranks<true>(shared, row, by_k, low, max_key, params.temperature, 0, params.top_p);
+            by_p = first_ranks<true>(shared, row, by_k, low, max_key, params.temperature, 0, params.top_p, is_listed);
         }
-        const uint64_t chosen = draw(shared, row, params, max_key, by_k, by_p);
+        const uint64_t chosen = draw(shared, row, params, max_key, by_k, by_p, is_listed);
         token = static_cast<unsigned>(chosen), token_key = chosen >> 32;
     }
     float value = 0.0f;

@@ -337,6 +337,47 @@ fn every_row_equals_its_definition_for_any_number_of_blocks() {
 }
 
 #[test]
+fn nuclei_of_any_size_are_drawn_from() {
+    let Some(bench) = bench("nuclei_of_any_size_are_drawn_from") else { return };
+    let mut random = Random(76);
+    let n_vocab = 32_064;
+    // A nucleus of a few ids, of some hundreds, of more than a block lists at once, and of half the vocabulary; and one whose edge is among
+    // thousands of equal logits.
+    let deviations = [6.0, 2.5, 1.2, 0.2];
+    let mut rows = Vec::new();
+    for top_p in [0.1, 0.9, 0.99, 1.0] {
+        for top_k in [0, 3, 50, 1000, 3000] {
+            for min_p in [0.0, 0.01] {
+                let seed = rows.len() as u64;
+                rows.push(Row::plain(Request { temperature: 0.8, top_p, top_k, min_p, seed, ..Request::greedy() }));
+            }
+        }
+    }
+    for deviation in deviations.into_iter().map(Some).chain([None]) {
+        let one = |random: &mut Random| match deviation {
+            Some(deviation) => deviation * random.normal(),
+            None => {
+                if random.next().is_multiple_of(3) {
+                    0.5
+                } else {
+                    random.normal()
+                }
+            }
+        };
+        let all: Vec<f32> = (0..rows.len() * n_vocab).map(|_| one(&mut random)).collect();
+        let expected: Vec<_> =
+            rows.iter().zip(all.chunks(n_vocab)).map(|(row, logits)| row.by_definition(logits)).collect();
+        for cluster in [Some(1), Some(2), Some(8)].into_iter().chain(most(&bench)) {
+            bench.arena.reset();
+            let found = sample(&bench, &rows, &all, n_vocab, n_vocab, cluster);
+            for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                assert_same(found, expected, &format!("{deviation:?}, {cluster:?} blocks: {:?}", rows[i].request));
+            }
+        }
+    }
+}
+
+#[test]
 fn large_vocabularies_are_sampled() {
     let Some(bench) = bench("large_vocabularies_are_sampled") else { return };
     let mut random = Random(72);
