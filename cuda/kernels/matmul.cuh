@@ -28,6 +28,7 @@ struct MatmulArgs {
     int n;                  // columns in all
     int jobs_per_row;       // small with experts: jobs j of row j / jobs_per_row of x
     int epilogue;
+    int early;              // small only: whether shared memory holds operands besides x (small.cuh)
 };
 
 // The gate of a feed-forward network, g and u in f32.

@@ -155,6 +155,37 @@ DEVICE void prefetch_constants(const MatmulArgs &args, int mat, int block, int t
     if (thread == 0 && args.bias_up != nullptr) prefetch(args.bias_up + at);
 }
 
+// Tiles of a warp that become operands while the predecessor runs.
+constexpr int EARLY = 4;
+
+// A lane's operands of those tiles, in shared memory: [tile][step of 16 k][lane].
+DEVICE void keep_fragments(uint4 *kept, const uint32_t (&a)[4], int s) { kept[s * WARP] = make_uint4(a[0], a[1], a[2], a[3]); }
+
+DEVICE void multiply_kept(float (&acc)[4], const uint4 *kept, const uint32_t (&b)[8]) {
+    uint4 all[4];
+#pragma unroll
+    for (int s = 0; s < 4; s++) all[s] = kept[s * WARP];
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+        const uint32_t a[4] = {all[s].x, all[s].y, all[s].z, all[s].w};
+        mma_16x8x16(acc, a, b[2 * s], b[2 * s + 1]);
+    }
+}
+
+// A warp's way: its chunk of a stripe, then of the block's next one.
+struct Way {
+    size_t mat_tiles;
+    int begin, end, n_tiles, n_stripes, n_blocks;
+
+    // The first of the tiles that come `depth` tiles after `tile` of `stripe`, and how many there are: of this stripe, or of the next.
+    DEVICE size_t after(int &n, int stripe, int tile, int depth) const {
+        const size_t here = mat_tiles + static_cast<size_t>(stripe) * n_tiles;
+        if (tile + depth < end) return n = end - tile - depth, here + tile + depth;
+        n = stripe + n_blocks < n_stripes ? end - begin : 0;
+        return here + static_cast<size_t>(n_blocks) * n_tiles + begin;
+    }
+};
+
 // The stripes of block `block` of the `n_blocks` that share a product.
 template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args, SmallShared &own, uint8_t *shared, int block, int n_blocks) {
     constexpr int DEPTH = depth<KIND>();
@@ -165,17 +196,35 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
     const int mat = args.mat_of == nullptr ? 0 : args.mat_of[job];
     const half *x = args.x + static_cast<size_t>(args.mat_of == nullptr ? 0 : job / args.jobs_per_row) * args.x_stride;
 
-    const int per_chunk = chunk_tiles(args.n_tiles);
-    const int begin = warp * per_chunk, end = min(begin + per_chunk, args.n_tiles);
-    const size_t mat_tiles = static_cast<size_t>(mat) * args.n_stripes * args.n_tiles;
+    const int per_chunk = chunk_tiles(args.n_tiles), begin = warp * per_chunk, end = min(begin + per_chunk, args.n_tiles);
+    const Way way = {static_cast<size_t>(mat) * args.n_stripes * args.n_tiles, begin, end, args.n_tiles, args.n_stripes, n_blocks};
     RawTile<KIND> raw[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
-        if (begin + d < end) load_tile(raw[d], args.w, mat_tiles + static_cast<size_t>(block) * args.n_tiles + begin + d, lane);
+        if (begin + d < end) load_tile(raw[d], args.w, way.mat_tiles + static_cast<size_t>(block) * args.n_tiles + begin + d, lane);
     }
     prefetch_constants(args, mat, block, warp * WARP + lane, blockDim.y * WARP);
-    wait_for_predecessor();
     half *xs = reinterpret_cast<half *>(shared);
+    // The first tiles become operands now, and their registers take the next ones. In shared memory, since registers are short.
+    const bool is_early = STAGED && args.early;
+    uint4 *kept = reinterpret_cast<uint4 *>(xs + args.n * shared_stride(args.n_tiles)) + warp * EARLY * 4 * WARP + lane;
+    if (is_early) {
+        int n_next;
+        const size_t next = way.after(n_next, block, begin, DEPTH);
+#pragma unroll
+        for (int d = 0; d < min(EARLY, DEPTH); d++) {
+            if (begin + d < end) {
+#pragma unroll
+                for (int s = 0; s < 4; s++) {
+                    uint32_t a[4];
+                    fragment(a, raw[d], s);
+                    keep_fragments(kept + d * 4 * WARP, a, s);
+                }
+            }
+            if (d < n_next) load_tile(raw[d], args.w, next + d, lane);
+        }
+    }
+    wait_for_predecessor();
     if (STAGED) stage_x(xs, own.squares, args, x, warp * WARP + lane, blockDim.y * WARP);
     // Columns that there are not repeat the first: their sums are not written.
     const int column = lane / 4 < args.n ? lane / 4 : 0;
@@ -183,16 +232,13 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
                                 : x + static_cast<size_t>(column) * args.x_stride + 2 * (lane % 4);
 
     int turn = 0;
+    bool is_kept = is_early; // what the first tiles of the loop are
     for (int stripe = block; stripe < args.n_stripes; stripe += n_blocks) {
-        const size_t here = mat_tiles + static_cast<size_t>(stripe) * args.n_tiles;
         const Ends ends = load_ends(args, mat, stripe, job, warp * WARP + lane);
         float acc[4] = {};
         for (int tile0 = begin; tile0 < end; tile0 += DEPTH) {
-            // What follows these tiles: those of this stripe, or the first ones of the next.
-            const bool last = tile0 + DEPTH >= end;
-            const int next_stripe = stripe + n_blocks;
-            const size_t next = last ? here + static_cast<size_t>(n_blocks) * args.n_tiles + begin : here + tile0 + DEPTH;
-            const int n_next = last ? (next_stripe < args.n_stripes ? end - begin : 0) : end - tile0 - DEPTH;
+            int n_next;
+            const size_t next = way.after(n_next, stripe, tile0, DEPTH);
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) {
                 const int tile = tile0 + d;
@@ -204,10 +250,15 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
 #pragma unroll
                         for (int i = 0; i < 8; i++) b[i] = *reinterpret_cast<const uint32_t *>(x_lane + tile * TILE_K + 8 * i);
                     }
-                    multiply_tile(acc, raw[d], b);
+                    if (STAGED && d < EARLY && is_kept) {
+                        multiply_kept(acc, kept + d * 4 * WARP, b);
+                    } else {
+                        multiply_tile(acc, raw[d], b);
+                    }
                 }
-                if (d < n_next) load_tile(raw[d], args.w, next + d, lane);
+                if (d < n_next && !(STAGED && d < EARLY && is_kept)) load_tile(raw[d], args.w, next + d, lane);
             }
+            is_kept = false;
         }
         // The barrier of one stripe lets the other half of `partial` be written again.
         keep_partial(own.partial[turn][warp], acc, lane);

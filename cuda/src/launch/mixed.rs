@@ -1,7 +1,7 @@
 //! Products of the same few rows with matrices of different kinds, in one launch: q, k and v where v has a format of its own.
 
-use super::matmul::{Experts, MatmulArgs, NormInput, Product, SMALL_BLOCKS, SMALL_COLUMNS, STAGED_BYTES};
-use super::matmul::{chunks, staged_bytes};
+use super::matmul::{Experts, MatmulArgs, NormInput, Product, SMALL_BLOCKS, SMALL_COLUMNS};
+use super::matmul::{chunks, leaves_room, most_shared, small_shared, staged_bytes};
 use crate::error::CudaError;
 use crate::kernels::{Args, Kernels, Launch};
 
@@ -52,20 +52,23 @@ pub fn launch_together(
     if !can_go_together(products) {
         return Err(apart(products));
     }
-    let shape = first.matrix.shape();
+    let n_tiles = first.matrix.shape().n_tiles;
+    let info = kernels.gpu().info();
     let stripes: Vec<usize> = products.iter().map(|product| product.matrix.shape().n_stripes).collect();
-    let first_block = first_blocks(&stripes, SMALL_BLOCKS * kernels.gpu().info().n_sms as usize);
+    let first_block = first_blocks(&stripes, SMALL_BLOCKS * info.n_sms as usize);
+    let is_worth_it = leaves_room(first_block[MOST_PARTS], chunks(n_tiles), info.n_sms as usize);
+    let shared = small_shared(n_tiles, first.n, is_worth_it, info.capability).ok_or_else(|| apart(products))?;
     // A part that there is not has no blocks; what it would be is not looked at.
     let part = |i: usize| products.get(i).unwrap_or(last);
     let args = MixedArgs {
-        part: std::array::from_fn(|i| part(i).args(0, norm)),
+        part: std::array::from_fn(|i| part(i).args(0, norm).with_early(shared.early)),
         kind: std::array::from_fn(|i| part(i).matrix.kind().number()),
         first_block: first_block.map(|block| block as i32),
     };
-    let mut launch = Launch::new((first_block[MOST_PARTS] as u32, 1, 1), (32, chunks(shape.n_tiles) as u32, 1));
-    launch.shared_bytes = staged_bytes(shape.n_tiles, first.n).unwrap_or(0);
+    let mut launch = Launch::new((first_block[MOST_PARTS] as u32, 1, 1), (32, chunks(n_tiles) as u32, 1));
+    launch.shared_bytes = shared.bytes;
     launch.overlap = true;
-    let kernel = kernels.get("matmul_mixed", "matmul_mixed", STAGED_BYTES)?;
+    let kernel = kernels.get("matmul_mixed", "matmul_mixed", most_shared(info.capability))?;
     // SAFETY: MixedArgs mirrors the kernel's parameter; every product was held against its buffers, and the rows against each product.
     unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args)) }
 }
