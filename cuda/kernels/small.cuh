@@ -4,6 +4,8 @@
 #include "matmul.cuh"
 #include "norm.cuh"
 
+constexpr int MAX_CHUNKS = 8; // of k: `chunk_tiles`
+
 // x in shared memory: per tile of 64 k the 16 values of lane t = 0..3 of a fragment one after another, so that a lane takes them
 // with two loads; rows are 16 bytes longer than they need be.
 DEVICE int shared_stride(int n_tiles) { return n_tiles * TILE_K + 8; }
@@ -51,6 +53,18 @@ DEVICE Ends load_ends(const MatmulArgs &args, int mat, int stripe, int job, int 
     return ends;
 }
 
+// The chunks of one cell, in ascending order. Loads first: one at a time, each would wait for the sum before it.
+DEVICE float sum_chunks(const float (*partial)[TILE_ROWS * 8], int n_chunks, int at) {
+    float part[MAX_CHUNKS], sum = 0.0f;
+#pragma unroll
+    for (int c = 0; c < MAX_CHUNKS; c++) part[c] = c < n_chunks ? partial[c][at] : 0.0f;
+#pragma unroll
+    for (int c = 0; c < MAX_CHUNKS; c++) {
+        if (c < n_chunks) sum += part[c];
+    }
+    return sum;
+}
+
 // Adds the chunks of a stripe and writes its rows. A thread has a cell at a time, the first of them `first`, whose ends are there.
 // The operations are those of `finish` and `finish_gated`.
 DEVICE void finish_stripe(const MatmulArgs &args, const float (*partial)[TILE_ROWS * 8], int mat, int stripe, int job, int n_chunks, int first,
@@ -61,14 +75,11 @@ DEVICE void finish_stripe(const MatmulArgs &args, const float (*partial)[TILE_RO
         const int row = cell % rows, col = cell / rows, at = col * TILE_ROWS + row, y_row = stripe * rows + row;
         if (y_row >= args.n_rows) continue;
         const Ends own = cell == first ? ends : load_ends(args, mat, stripe, job, cell);
-        float sum = 0.0f;
-        for (int c = 0; c < n_chunks; c++) sum += partial[c][at];
+        const float sum = sum_chunks(partial, n_chunks, at);
         const float v = args.out_scale * sum + own.bias;
         const size_t to = static_cast<size_t>(args.mat_of == nullptr ? col : job) * args.y_stride + y_row;
         if (gated) {
-            float sum_up = 0.0f;
-            for (int c = 0; c < n_chunks; c++) sum_up += partial[c][at + 8];
-            const float u = args.out_scale * sum_up + own.bias_up;
+            const float u = args.out_scale * sum_chunks(partial, n_chunks, at + 8) + own.bias_up;
             static_cast<half *>(args.y)[to] = to_half(gate(v, u, args.alpha, args.limit));
         } else if (args.epilogue == STORE_F16) {
             static_cast<half *>(args.y)[to] = to_half(v);
@@ -85,9 +96,47 @@ template <int KIND> __host__ __device__ constexpr int depth() {
 
 // A block's shared memory besides x.
 struct SmallShared {
-    float partial[2][8][TILE_ROWS * 8]; // sums of chunks, in turn
+    float partial[2][MAX_CHUNKS][TILE_ROWS * 8]; // sums of chunks, in turn
     float squares[8][NORM_WARPS];
 };
+
+// Columns of a row that a thread keeps in registers.
+constexpr int OWN_COLUMNS = 16;
+
+// One row that is normalised by 256 / SUMS threads, each of which reads its columns once: those whose squares it sums for SUMS of the 256
+// lanes that norm.cuh sums by. The bits are those of `sum_squares`.
+template <int SUMS> DEVICE void stage_row(half *xs, float *sums, const MatmulArgs &args, int thread) {
+    constexpr int THREADS = NORM_LANES / SUMS;
+    const int warp = thread / WARP, lane = thread % WARP, width = args.n_tiles * TILE_K;
+    float v[OWN_COLUMNS], sum[SUMS] = {};
+#pragma unroll
+    for (int i = 0; i < OWN_COLUMNS; i++) {
+        const int c = thread + i * THREADS;
+        v[i] = c < args.n_cols ? args.x_full[c] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < OWN_COLUMNS; i++) sum[i % SUMS] = __fmaf_rn(v[i], v[i], sum[i % SUMS]);
+#pragma unroll
+    for (int s = 0; s < SUMS; s++) sum[s] = warp_sum(sum[s]);
+#pragma unroll
+    for (int s = 0; s < SUMS; s++) {
+        if (lane == 0) sums[warp + s * (THREADS / WARP)] = sum[s];
+    }
+    float w[OWN_COLUMNS]; // before anything is stored: a store might change what they read, for all that the compiler knows
+#pragma unroll
+    for (int i = 0; i < OWN_COLUMNS; i++) {
+        const int c = thread + i * THREADS;
+        w[i] = c < args.n_cols ? args.norm_weight[c] : 0.0f;
+    }
+    __syncthreads();
+    const float inverse = inverse_rms(sums, args.n_cols, args.norm_eps, lane);
+#pragma unroll
+    for (int i = 0; i < OWN_COLUMNS; i++) {
+        const int c = thread + i * THREADS;
+        if (c < width) xs[shared_place(c)] = c < args.n_cols ? to_half(v[i] * inverse * w[i]) : __float2half_rn(0.0f);
+    }
+    __syncthreads();
+}
 
 // x to shared memory, normalised if it comes in f32. Ends with a barrier.
 DEVICE void stage_x(half *xs, float (&sums)[8][NORM_WARPS], const MatmulArgs &args, const half *x, int thread, int n_threads) {
@@ -114,6 +163,10 @@ DEVICE void stage_x(half *xs, float (&sums)[8][NORM_WARPS], const MatmulArgs &ar
         }
         __syncthreads();
         return;
+    }
+    if (args.n == 1 && width <= OWN_COLUMNS * n_threads) {
+        if (n_threads == NORM_LANES) return stage_row<1>(xs, sums[0], args, thread);
+        if (2 * n_threads == NORM_LANES) return stage_row<2>(xs, sums[0], args, thread);
     }
     const int warp = thread / WARP, lane = thread % WARP, n_warps = n_threads / WARP;
     for (int i = warp; i < args.n * NORM_WARPS; i += n_warps) {
