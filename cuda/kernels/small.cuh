@@ -27,12 +27,12 @@ template <int KIND> DEVICE void multiply_tile(float (&acc)[4], const RawTile<KIN
     }
 }
 
-// A warp's sums of its chunk: [column][row].
-DEVICE void keep_partial(float *partial, const float (&acc)[4], int lane) {
+// A warp's sums of its chunk for `n` columns: [column][row].
+DEVICE void keep_partial(float *partial, const float (&acc)[4], int n, int lane) {
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         const int row = lane / 4 + 8 * (e / 2), col = 2 * (lane % 4) + e % 2;
-        partial[col * TILE_ROWS + row] = acc[e];
+        if (col < n) partial[col * TILE_ROWS + row] = acc[e];
     }
 }
 
@@ -41,10 +41,14 @@ DEVICE void keep_partial(float *partial, const float (&acc)[4], int lane) {
 struct Ends {
     float y, bias, bias_up;
 };
+// The logarithm of a stripe's rows of y: a division by one of two numbers is not two shifts, for all that the compiler knows.
+DEVICE int rows_shift(bool gated) { return gated ? 3 : 4; }
+static_assert(TILE_ROWS == 16, "and half of it if gated");
+
 DEVICE Ends load_ends(const MatmulArgs &args, int mat, int stripe, int job, int cell) {
     Ends ends = {};
     const bool gated = args.epilogue == GATED_F16;
-    const int rows = gated ? TILE_ROWS / 2 : TILE_ROWS, row = stripe * rows + cell % rows, col = cell / rows;
+    const int shift = rows_shift(gated), row = (stripe << shift) + (cell & (1 << shift) - 1), col = cell >> shift;
     if (row >= args.n_rows || col >= args.n) return ends;
     const size_t bias_at = static_cast<size_t>(mat) * args.n_rows + row, out = args.mat_of == nullptr ? col : job;
     if (args.bias != nullptr) ends.bias = args.bias[bias_at];
@@ -70,9 +74,9 @@ DEVICE float sum_chunks(const float (*partial)[TILE_ROWS * 8], int n_chunks, int
 DEVICE void finish_stripe(const MatmulArgs &args, const float (*partial)[TILE_ROWS * 8], int mat, int stripe, int job, int n_chunks, int first,
                           const Ends &ends) {
     const bool gated = args.epilogue == GATED_F16;
-    const int rows = gated ? TILE_ROWS / 2 : TILE_ROWS;
-    for (int cell = first; cell < args.n * rows; cell += n_chunks * WARP) {
-        const int row = cell % rows, col = cell / rows, at = col * TILE_ROWS + row, y_row = stripe * rows + row;
+    const int shift = rows_shift(gated);
+    for (int cell = first; cell < args.n << shift; cell += n_chunks * WARP) {
+        const int row = cell & (1 << shift) - 1, col = cell >> shift, at = col * TILE_ROWS + row, y_row = (stripe << shift) + row;
         if (y_row >= args.n_rows) continue;
         const Ends own = cell == first ? ends : load_ends(args, mat, stripe, job, cell);
         const float sum = sum_chunks(partial, n_chunks, at);
@@ -138,12 +142,38 @@ template <int SUMS> DEVICE void stage_row(half *xs, float *sums, const MatmulArg
     __syncthreads();
 }
 
+// Eight values of a row of f16, from the `part`-th eight on, to their places.
+DEVICE void place_eight(half *row, int part, uint4 v) {
+    half *target = row + shared_place(part * 8);
+    *reinterpret_cast<uint32_t *>(target) = v.x, *reinterpret_cast<uint32_t *>(target + 16) = v.y;
+    *reinterpret_cast<uint32_t *>(target + 32) = v.z, *reinterpret_cast<uint32_t *>(target + 48) = v.w;
+}
+
+// One row of f16. Loads first, several at a time: a store might change what they read, for all that the compiler knows.
+DEVICE void stage_half_row(half *xs, const half *x, int width, int thread, int n_threads) {
+    constexpr int AHEAD = 8;
+    const int pieces = width / 8;
+    for (int first = thread; first < pieces; first += AHEAD * n_threads) {
+        uint4 v[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            if (first + k * n_threads < pieces) v[k] = reinterpret_cast<const uint4 *>(x)[first + k * n_threads];
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            if (first + k * n_threads < pieces) place_eight(xs, first + k * n_threads, v[k]);
+        }
+    }
+    __syncthreads();
+}
+
 // x to shared memory, normalised if it comes in f32. Ends with a barrier.
 DEVICE void stage_x(half *xs, float (&sums)[8][NORM_WARPS], const MatmulArgs &args, const half *x, int thread, int n_threads) {
     const int stride = shared_stride(args.n_tiles), width = args.n_tiles * TILE_K;
     if (args.x_full == nullptr) {
+        if (args.n == 1) return stage_half_row(xs, x, width, thread, n_threads);
         const int pieces = width / 8;
-        // Loads first, several at a time: a store might change what they read, for all that the compiler knows.
+        // As there.
         constexpr int AHEAD = 4;
         for (int first = thread; first < args.n * pieces; first += AHEAD * n_threads) {
             uint4 v[AHEAD];
@@ -156,9 +186,7 @@ DEVICE void stage_x(half *xs, float (&sums)[8][NORM_WARPS], const MatmulArgs &ar
             for (int k = 0; k < AHEAD; k++) {
                 const int i = first + k * n_threads, row = i / pieces, part = i % pieces;
                 if (row >= args.n) break;
-                half *target = xs + row * stride + shared_place(part * 8);
-                *reinterpret_cast<uint32_t *>(target) = v[k].x, *reinterpret_cast<uint32_t *>(target + 16) = v[k].y;
-                *reinterpret_cast<uint32_t *>(target + 32) = v[k].z, *reinterpret_cast<uint32_t *>(target + 48) = v[k].w;
+                place_eight(xs + row * stride, part, v[k]);
             }
         }
         __syncthreads();
@@ -314,7 +342,7 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
             is_kept = false;
         }
         // The barrier of one stripe lets the other half of `partial` be written again.
-        keep_partial(own.partial[turn][warp], acc, lane);
+        keep_partial(own.partial[turn][warp], acc, args.n, lane);
         __syncthreads();
         finish_stripe(args, own.partial[turn], mat, stripe, job, blockDim.y, warp * WARP + lane, ends);
         turn ^= 1;
