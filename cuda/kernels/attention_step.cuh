@@ -27,6 +27,7 @@ struct Unit {
     int first, end;         // tiles
     int high;               // the new token's position
     int first_split, last_split;
+    unsigned slot; // of the new token
     bool active;
 
     DEVICE Unit(const StepArgs &args, int unit) {
@@ -36,6 +37,7 @@ struct Unit {
         item_range(args, item, 16, all_first, all_end, high);
         first = max(all_first, split * SPLIT_TILES), end = min(all_end, (split + 1) * SPLIT_TILES);
         first_split = all_first / SPLIT_TILES, last_split = (all_end - 1) / SPLIT_TILES;
+        slot = args.slots[item.first_token];
         active = item.n_rows > item.first_row && first < end;
     }
 };
@@ -97,20 +99,26 @@ DEVICE void rotate_unit(const StepArgs &args, const Unit &unit, const UnitShared
                     args.n_rot, HS, args.interleaved, lane);
     }
     if (unit.high / SPLIT != unit.split || warp < UNIT_WARPS - 2) return;
-    const bool is_v = warp == UNIT_WARPS - 1;
+    // The key has the last warp, which has no query where a head of keys has seven or fewer: rotating takes longer than copying.
+    const bool is_v = warp == UNIT_WARPS - 2;
     const float *in = qkv + (is_v ? args.v_first : args.k_first) + unit.kv_head * HS;
     float *fresh = own.fresh[is_v];
     if (is_v) {
-        for (int i = lane; i < HS; i += WARP) fresh[i] = __ldcg(in + i);
+        float v[(HS + WARP - 1) / WARP];
+#pragma unroll
+        for (int i = 0; i * WARP < HS; i++) v[i] = i * WARP + lane < HS ? __ldcg(in + i * WARP + lane) : 0.0f;
+#pragma unroll
+        for (int i = 0; i * WARP < HS; i++) {
+            if (i * WARP + lane < HS) fresh[i * WARP + lane] = v[i];
+        }
     } else {
         rotate_head([&](int i) { return __ldcg(in + i); }, [&](int i, float v) { fresh[i] = v; }, angles, args.k_norm, args.norm_eps, args.n_rot,
                     HS, args.interleaved, lane);
     }
     __syncwarp();
-    const unsigned slot = args.slots[token];
     uint8_t *head = const_cast<uint8_t *>(is_v ? args.v_cache : args.k_cache) +
-                    (static_cast<size_t>(slot / KV_BLOCK_TOKENS) * args.n_kv_heads + unit.kv_head) * KV::head_bytes(HS);
-    Place<KV, HS>::to_cache(head, slot % KV_BLOCK_TOKENS, fresh, lane);
+                    (static_cast<size_t>(unit.slot / KV_BLOCK_TOKENS) * args.n_kv_heads + unit.kv_head) * KV::head_bytes(HS);
+    Place<KV, HS>::to_cache(head, unit.slot % KV_BLOCK_TOKENS, fresh, lane);
 }
 
 // The new token's position in every row that there is.

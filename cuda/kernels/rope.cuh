@@ -35,12 +35,19 @@ DEVICE void rotate_head(const In &in, const Store &store, const Angles &angles, 
         for (int i = lane; i < dim; i += WARP) sum = __fmaf_rn(in(i), in(i), sum);
         inverse = rsqrtf(warp_sum(sum) / dim + norm_eps);
     }
+    constexpr int PAIRS = MAX_DIM / 2 / WARP;
+    float first[PAIRS], second[PAIRS]; // all before anything is stored: a store might change what they read, for all that the compiler knows
 #pragma unroll
-    for (int p = 0; p < MAX_DIM / 2 / WARP; p++) {
+    for (int p = 0; p < PAIRS; p++) {
+        const int i = lane + p * WARP;
+        if (i < half_rot) first[p] = in(interleaved ? 2 * i : i), second[p] = in(interleaved ? 2 * i + 1 : i + half_rot);
+    }
+#pragma unroll
+    for (int p = 0; p < PAIRS; p++) {
         const int i = lane + p * WARP;
         if (i >= half_rot) break;
         const int a = interleaved ? 2 * i : i, b = interleaved ? 2 * i + 1 : i + half_rot;
-        float x = in(a), y = in(b);
+        float x = first[p], y = second[p];
         if (norm != nullptr) x *= inverse * norm[a], y *= inverse * norm[b];
         // Written so that no compiler contracts it differently in two places.
         store(a, __fmaf_rn(x, angles.cosine[p], -__fmul_rn(y, angles.sine[p])));
