@@ -21,9 +21,9 @@ MORE="kernels"
 QUICK="qwen2.5-0.5b-F16 qwen2.5-0.5b-Q8_0 qwen2.5-0.5b-Q4_K_M phi-3-mini-Q4_K_M llama-3-8b-Q4_K_M gpt-oss-20b-MXFP4"
 MODELS=${MODELS:-"$QUICK phi-3-mini-F16 llama-3-8b-F16"}
 ONE_OF_EACH=${ONE_OF_EACH:-"qwen2.5-0.5b-F16 phi-3-mini-Q4_K_M llama-3-8b-F16 llama-3-8b-Q4_K_M gpt-oss-20b-MXFP4"}
-CUDA_TESTS="attention attention_step embed feed gate loader matmul memory mixed moe norm rope_kv sample"
+CUDA_TESTS="attention attention_step embed feed gate loader matmul memory mixed moe norm rope_kv router sample"
 # Those whose small cases run under the sanitizer.
-SMALL_TESTS="embed feed gate norm rope_kv moe attention attention_step sample matmul mixed"
+SMALL_TESTS="embed feed gate norm rope_kv moe attention attention_step sample matmul mixed router"
 RUNS=${RUNS:-5}
 
 LIMIT=${LIMIT:-86400}
@@ -113,6 +113,7 @@ phase_sanitizer() {
         sample) only="a_few_rows bad_rows a_place_without" ;;
         matmul) only="a_gated_product a_product_that_normalises" ;;
         mixed) only="three_kinds a_row_is misuse" ;;
+        router) only="scores_that_are what_the_launch misuse" ;;
         *) only="" ;;
       esac
       # shellcheck disable=SC2086 # the filters are words

@@ -31,6 +31,14 @@ DEVICE void cluster_sync() {
 #endif
 }
 
+// The same without making anything visible: a block ends after it, and its shared memory with it, when no other reads there any more.
+// What a thread has read from other blocks it must have used before.
+DEVICE void cluster_leave() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
 // The value at the same place of another block's shared memory.
 DEVICE uint64_t from_block(const uint64_t *place, unsigned rank) {
 #if __CUDA_ARCH__ >= 900
@@ -38,6 +46,17 @@ DEVICE uint64_t from_block(const uint64_t *place, unsigned rank) {
     uint64_t value;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(place)), "r"(rank));
     asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(address) : "memory");
+    return value;
+#else
+    return *place;
+#endif
+}
+DEVICE float from_block(const float *place, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t address;
+    float value;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(place)), "r"(rank));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
     return value;
 #else
     return *place;

@@ -1,8 +1,6 @@
 // Routing of a mixture of experts: which experts a token uses and with what weight, and how tokens are grouped by expert.
 // Reference: backend/cpu/moe.rs. All sums and orders depend on the token alone.
-#include "common.cuh"
-
-constexpr int MAX_EXPERTS = 256;
+#include "choose.cuh"
 
 // Chooses the n_used experts of the highest logits (ties: the lower index) and weighs them by a softmax over the chosen.
 // logits [n, n_experts] f32   experts [n, n_used] i32, weights [n, n_used] f32, both in descending order of logit
@@ -11,37 +9,14 @@ extern "C" __global__ void __launch_bounds__(32)
     moe_route(int *experts, float *weights, const float *logits, int n_experts, int n_used) {
     wait_for_predecessor();
     const int lane = threadIdx.x;
-    const float *in = logits + static_cast<size_t>(blockIdx.x) * n_experts;
+    const size_t token = blockIdx.x;
     float own[MAX_EXPERTS / WARP];
+#pragma unroll
     for (int i = 0; i < MAX_EXPERTS / WARP; i++) {
         const int e = lane + WARP * i;
-        own[i] = e < n_experts && in[e] > -INFINITY ? in[e] : -INFINITY; // NaN ranks last: an expert must exist
+        own[i] = e < n_experts ? eligible(logits[token * n_experts + e]) : -INFINITY;
     }
-    unsigned taken = 0; // bit i: own[i] was chosen
-    float chosen = 0.0f, top = 0.0f, sum = 0.0f;
-    for (int k = 0; k < n_used; k++) {
-        float best = -INFINITY;
-        int at = MAX_EXPERTS;
-        for (int i = 0; i < MAX_EXPERTS / WARP; i++) {
-            const int e = lane + WARP * i;
-            if (e < n_experts && !(taken >> i & 1) && (own[i] > best || at == MAX_EXPERTS)) best = own[i], at = e;
-        }
-        for (int offset = 16; offset > 0; offset >>= 1) {
-            const float other = __shfl_xor_sync(0xffffffffu, best, offset);
-            const int other_at = __shfl_xor_sync(0xffffffffu, at, offset);
-            if (other > best || (other == best && other_at < at)) best = other, at = other_at;
-        }
-        at = min(at, n_experts - 1); // logits that are no numbers choose some expert, not memory that is none
-        for (int i = 0; i < MAX_EXPERTS / WARP; i++) {
-            if (lane + WARP * i == at) taken |= 1u << i;
-        }
-        if (k == 0) top = best;
-        const float w = exp_f32(best - top);
-        sum += w;
-        if (lane == k) chosen = w;
-        if (lane == 0) experts[static_cast<size_t>(blockIdx.x) * n_used + k] = at;
-    }
-    if (lane < n_used) weights[static_cast<size_t>(blockIdx.x) * n_used + lane] = chosen / sum;
+    choose_experts(experts + token * n_used, weights + token * n_used, own, n_experts, n_used, lane);
 }
 
 // Groups the (token, k) pairs by expert, each expert's group padded to whole column tiles, pairs in ascending order.

@@ -106,6 +106,12 @@ impl Kernels {
         self.gpu.info().capability == (9, 0) && ARCHS.split(',').any(|arch| arch.trim() == "90a")
     }
 
+    /// Whether the device lets blocks of a cluster read each other's shared memory, and the kernels were compiled for it: what was compiled
+    /// for older chips runs on newer ones as well, without clusters.
+    pub fn has_clusters(&self) -> bool {
+        compiled_with_clusters(ARCHS, self.gpu.info().capability)
+    }
+
     /// The kernel `function` of `kernels/<file>.cu`, with `shared_bytes` of dynamic shared memory allowed.
     ///
     /// # Errors
@@ -148,6 +154,20 @@ impl Kernels {
         modules.insert(file, module);
         Ok(module)
     }
+}
+
+/// Whether one of the targets is this chip's own generation, sm_90 or later: code for a chip runs on those of the same generation that are
+/// not older, and a target with a letter on that chip alone.
+fn compiled_with_clusters(archs: &str, (major, minor): (u32, u32)) -> bool {
+    let fits = |arch: &str| {
+        let number = arch.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let exact = number.len() < arch.len();
+        number.parse::<u32>().is_ok_and(|number| {
+            let (own, least) = (number / 10, number % 10);
+            own == major && if exact { least == minor } else { least <= minor }
+        })
+    };
+    major >= 9 && archs.split(',').any(|arch| fits(arch.trim()))
 }
 
 impl Kernel {
@@ -223,5 +243,19 @@ impl Drop for Kernels {
             // SAFETY: the module is ours and its kernels are not used any more; a failed device refuses.
             unsafe { sys::cuModuleUnload(*module) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clusters_need_code_for_the_chip_itself() {
+        let archs = "80,86,89, 90a,120";
+        let has = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)].map(|chip| compiled_with_clusters(archs, chip));
+        assert_eq!(has, [false, false, true, false, true, true], "a B200 would run what was compiled for sm_80");
+        assert!(compiled_with_clusters("90", (9, 0)) && !compiled_with_clusters("80", (9, 0)));
+        assert!(!compiled_with_clusters("", (9, 0)) && !compiled_with_clusters("100a", (10, 3)));
     }
 }

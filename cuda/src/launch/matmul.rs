@@ -194,7 +194,8 @@ pub fn chunks(n_tiles: usize) -> usize {
     n_tiles.div_ceil(chunk_tiles(n_tiles))
 }
 
-fn chunk_tiles(n_tiles: usize) -> usize {
+/// Tiles of a chunk but the last. Mirrors `chunk_tiles` of `tiles.cuh`.
+pub(super) fn chunk_tiles(n_tiles: usize) -> usize {
     n_tiles.div_ceil(MAX_CHUNKS).max(MIN_CHUNK_TILES)
 }
 

@@ -10,5 +10,6 @@ pub mod mixed;
 pub mod moe;
 pub mod norm;
 pub mod peak;
+pub mod router;
 pub mod sample;
 mod wide;

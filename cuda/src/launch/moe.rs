@@ -133,7 +133,8 @@ impl Choices {
         unsafe { kernels.get("moe", "moe_combine", 0)?.launch(kernels.gpu(), launch, args) }
     }
 
-    fn check(&self, n: usize) -> Result<(), CudaError> {
+    /// Holds `n` tokens' choices against the buffers.
+    pub(super) fn check(&self, n: usize) -> Result<(), CudaError> {
         let Choices { n_experts, n_used, .. } = *self;
         if n_used == 0 || n_used > n_experts.min(MAX_USED) || n_experts > MAX_EXPERTS {
             let expected = format!("1 to {MAX_USED} of at most {MAX_EXPERTS} experts");

@@ -16,6 +16,7 @@ use playhouse_cuda::launch::matrix::{HalfRows, Matrix};
 use playhouse_cuda::launch::mixed::{can_go_together, launch_together};
 use playhouse_cuda::launch::moe::{Choices, Groups};
 use playhouse_cuda::launch::norm::{self, RmsNorm};
+use playhouse_cuda::launch::router::{Router, can_route_together};
 use std::sync::Arc;
 
 type Done = Result<(), CudaError>;
@@ -169,16 +170,7 @@ impl CudaBackend {
         let MoeWeighting::SoftmaxOfChosen = op.weighting;
         let n = self.n_tokens();
         let sizes = (op.n_experts, op.n_used);
-        let normed = self.normed_rows(&mut Normed::new(&op.norm, x), n)?;
-        let scores = self.work.scores.get(&self.work.arena, n * op.n_experts)?;
-        let router = op.router.weight.matrix();
-        let bias = op.router.bias.map(|b| b.vector(op.n_experts));
-        let stored = Rows { data: scores.clone(), stride: op.n_experts };
-        self.product(router, &normed, n, bias, Experts::One, Output::Store(stored))?;
-        let choices = self.work.choices(n, op.n_experts, op.n_used)?;
-        choices.route(&self.kernels, &scores, n)?;
-        self.tell_route(&scores, &choices, n)?;
-
+        let (normed, choices) = self.choose_experts(op, x, n)?;
         let (n_rows, n_tiles) = expert_rows(n, sizes);
         let groups = match expert_tile(n, sizes) {
             None => None,
@@ -204,6 +196,37 @@ impl CudaBackend {
         self.product(down, &hidden, n_rows, bias, second, Output::Store(stored))?;
         let x = x.full(down.n_rows())?;
         choices.combine(&self.kernels, (&x.data, &outputs), down.n_rows(), groups.as_ref(), n)
+    }
+
+    /// The rows in f16 that experts read, and which of them: in one kernel where the tokens are few.
+    fn choose_experts(
+        &mut self,
+        op: &MoeOp<'_, Self>,
+        x: &CudaTensor,
+        n: usize,
+    ) -> Result<(HalfRows, Choices), CudaError> {
+        let mut normed = Normed::new(&op.norm, x);
+        let scores = self.work.scores.get(&self.work.arena, n * op.n_experts)?;
+        let choices = self.work.choices(n, op.n_experts, op.n_used)?;
+        let matrix = op.router.weight.matrix();
+        let bias = op.router.bias.map(|b| b.vector(op.n_experts));
+        let rows = if can_route_together(matrix.kind(), matrix.shape(), n, self.kernels.has_clusters()) {
+            let n_cols = normed.weight.len();
+            let rows = self.work.normed(n, n_cols)?;
+            let x = normed.x.full(n_cols)?.data;
+            let norm = NormInput { x: &x, weight: normed.weight, eps: normed.eps };
+            let (scores, choices) = (&scores, &choices);
+            Router { norm, matrix, bias, normed: &rows, scores, choices }.launch(&self.kernels, n)?;
+            rows
+        } else {
+            let rows = self.normed_rows(&mut normed, n)?;
+            let stored = Rows { data: scores.clone(), stride: op.n_experts };
+            self.product(matrix, &rows, n, bias, Experts::One, Output::Store(stored))?;
+            choices.route(&self.kernels, &scores, n)?;
+            rows
+        };
+        self.tell_route(&scores, &choices, n)?;
+        Ok((rows, choices))
     }
 
     /// Reads what was chosen, if somebody wants to know; not while a graph is recorded.
