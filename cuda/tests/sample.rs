@@ -285,7 +285,7 @@ fn sample(
 
 /// The largest cluster, where the device grants more than every device does.
 fn most(bench: &Bench) -> Option<Option<u32>> {
-    let most = max_cluster(bench.gpu.info().capability);
+    let most = max_cluster(bench.gpu.info().capability, bench.kernels.has_clusters());
     (most > 8).then_some(Some(most))
 }
 

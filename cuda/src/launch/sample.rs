@@ -378,19 +378,20 @@ struct SampleArgs {
     max_top: i32,
 }
 
-/// Most blocks that a device lets share a row: 16 on data-centre chips, 8 on others that have clusters.
-pub fn max_cluster(capability: (u32, u32)) -> u32 {
+/// Most blocks that a device lets share a row: 16 on data-centre chips, 8 on others, 1 where it has no clusters, or the kernels were not
+/// compiled for them ([`Kernels::has_clusters`]).
+pub fn max_cluster(capability: (u32, u32), has_clusters: bool) -> u32 {
     match capability.0 {
+        _ if !has_clusters => 1,
         9 | 10 => 16,
-        11.. => 8,
-        _ => 1,
+        _ => 8,
     }
 }
 
 /// Blocks that share a row: as many as keep the device's multiprocessors busy once. One row of a vocabulary of 151,936 is read by
 /// sixteen on an H200; from 67 rows on each is read by one. The choice changes speed, never bits.
-pub fn cluster(n_rows: usize, n_sms: u32, capability: (u32, u32)) -> u32 {
-    let most = max_cluster(capability);
+pub fn cluster(n_rows: usize, n_sms: u32, capability: (u32, u32), has_clusters: bool) -> u32 {
+    let most = max_cluster(capability, has_clusters);
     if most > 8 && n_rows <= LARGEST_CLUSTER_ROWS {
         return most;
     }
@@ -434,7 +435,7 @@ impl Sampler {
     /// [`CudaError::Contract`]; a failed launch.
     pub fn launch(&self, kernels: &Kernels, logits: &Rows<f32>, n: usize) -> Result<(), CudaError> {
         let info = kernels.gpu().info();
-        self.launch_with(kernels, logits, n, cluster(n, info.n_sms, info.capability))
+        self.launch_with(kernels, logits, n, cluster(n, info.n_sms, info.capability, kernels.has_clusters()))
     }
 
     /// As [`Sampler::launch`] with a given number of blocks per row.
@@ -464,7 +465,7 @@ impl Sampler {
             return Err(contract("landing", format!("room for {rows} rows, {top} most likely"), format!("{lens:?}")));
         }
         let info = kernels.gpu().info();
-        let cluster = cluster(n, info.n_sms, info.capability);
+        let cluster = cluster(n, info.n_sms, info.capability, kernels.has_clusters());
         let Landing { results, top_tokens, top_logprobs } = landing;
         let places = [results.device_ptr(), top_tokens.device_ptr(), top_logprobs.device_ptr()];
         self.launch_to(kernels, logits, n, cluster, places)
@@ -486,7 +487,7 @@ impl Sampler {
             let found = format!("{} elements, stride {}", logits.data.len(), logits.stride);
             return Err(contract("logits", format!("{n} rows of {n_vocab} or more"), found));
         }
-        let most = max_cluster(kernels.gpu().info().capability);
+        let most = max_cluster(kernels.gpu().info().capability, kernels.has_clusters());
         if !(1..=most).contains(&cluster) || !cluster.is_power_of_two() {
             return Err(contract("cluster", format!("a power of two up to {most}"), cluster));
         }
@@ -579,9 +580,12 @@ mod tests {
 
     #[test]
     fn blocks_per_row_halve_as_rows_double() {
-        let sizes: Vec<u32> = [1, 4, 5, 16, 17, 33, 34, 66, 67, 256].iter().map(|n| cluster(*n, 132, (9, 0))).collect();
+        let sizes: Vec<u32> =
+            [1, 4, 5, 16, 17, 33, 34, 66, 67, 256].iter().map(|n| cluster(*n, 132, (9, 0), true)).collect();
         assert_eq!(sizes, [16, 16, 8, 8, 4, 4, 2, 2, 1, 1]);
-        assert_eq!((cluster(1, 170, (12, 0)), cluster(1, 108, (8, 0))), (8, 1));
+        assert_eq!((cluster(1, 170, (12, 0), true), cluster(1, 108, (8, 0), false)), (8, 1));
+        // Code for an older chip runs on a newer one, without clusters.
+        assert_eq!(cluster(1, 148, (10, 0), false), 1);
     }
 
     #[test]
