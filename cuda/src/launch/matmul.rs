@@ -485,8 +485,9 @@ fn contract(what: &str, expected: impl ToString, found: impl ToString) -> CudaEr
     }
 }
 
-/// Most bytes of activations that a block of the small kernel keeps: two blocks share a multiprocessor.
-const STAGED_BYTES: u32 = 96 << 10;
+/// Most bytes of activations that a block of the small kernel keeps: with what it has besides, less than a block may have on any chip, which
+/// is 99 KiB on those of the second rank.
+const STAGED_BYTES: u32 = 88 << 10;
 /// Blocks of the small kernel that a multiprocessor holds at once where they have [`MAX_CHUNKS`] warps.
 pub(super) const SMALL_BLOCKS: usize = 2;
 /// Warps of the small kernel that a multiprocessor holds at once: as many as its registers allow. The shared memory of blocks of fewer
@@ -501,7 +502,7 @@ pub(super) struct SmallShared {
     pub(super) early: bool,
 }
 
-/// Shared memory of a multiprocessor of Hopper and of the data centre's Blackwell.
+/// Shared memory of a multiprocessor of Hopper.
 const SHARED_OF_SM: usize = 228 << 10;
 /// What a block of the small kernel has besides x and early operands: sums of chunks and of squares, and what the driver keeps.
 const OWN_BYTES: usize = 2 * MAX_CHUNKS * TILE_ROWS * SMALL_COLUMNS * 4 + 8 * 8 * 4 + 1024;
@@ -510,7 +511,7 @@ const EARLY_BYTES: usize = 4 * TILE_ROWS * TILE_K * 2;
 
 /// Where kernels overlap with their predecessors, and have the shared memory for it.
 fn has_early(capability: (u32, u32)) -> bool {
-    matches!(capability, (9 | 10, _))
+    capability == (9, 0)
 }
 
 /// Most shared memory that a block of the small kernel asks for.
@@ -658,6 +659,8 @@ mod tests {
         assert_eq!([(72, 4), (56, 4), (304, 4), (56, 8)].map(|(n, chunks)| leaves_room(n, chunks, 132)), [true; 4]);
         assert_eq!([(256, 8), (256, 8)].map(|(n, chunks)| leaves_room(n, chunks, 132)), [false; 2]);
         assert_eq!(most_shared((8, 9)), STAGED_BYTES);
+        // What the driver keeps of a block comes on top.
+        assert!(STAGED_BYTES as usize + OWN_BYTES - 1024 <= 99 << 10, "a block of a chip of the second rank");
     }
 
     #[test]
