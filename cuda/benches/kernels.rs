@@ -17,9 +17,11 @@ use playhouse_cuda::launch::attention::{
     Attention, BLOCK_TOKENS, DECODE_ROWS, DecodeItems, Heads, Item, KvFormat, KvLayer, PREFILL_ROWS, RopeKv, SPLIT,
     decode_partial_len, rope_kv, rows_of_one_token,
 };
-use playhouse_cuda::launch::matmul::{Experts, Output, Product, Rows};
+use playhouse_cuda::launch::matmul::{Experts, NormInput, Output, Product, Rows};
 use playhouse_cuda::launch::matrix::{Format, HalfRows, Layout, Matrix, Part};
+use playhouse_cuda::launch::moe::Choices;
 use playhouse_cuda::launch::norm::{RmsNorm, rms_norm};
+use playhouse_cuda::launch::router::Router;
 use playhouse_cuda::launch::sample::{Limits, Request, Sampler, pack};
 use playhouse_cuda::loader::{LoadError, Loader, LoaderSizes, Piece, Source};
 use playhouse_cuda::stream::Event;
@@ -70,6 +72,7 @@ fn main() {
     runner.attention_decode();
     runner.attention_prefill();
     runner.products();
+    runner.mixtures();
     runner.loading();
 }
 
@@ -392,6 +395,68 @@ impl Runner {
                 Work::Flops(2.0 * (n_rows * n_cols * n) as f64)
             };
             self.line(&of(n), work, copies, |i| product(&matrices[i % copies]).launch(&self.bench.kernels, &partial));
+        }
+    }
+
+    /// What GPT-OSS-20B does around its experts' first product: the router as one launch and as the three that it takes the place of, and
+    /// the second product with its sum.
+    fn mixtures(&mut self) {
+        let (n_experts, n_used, dim) = (32, 4, 2880);
+        if !self.wants("moe router") && !self.wants("moe down") {
+            return;
+        }
+        self.bench.arena.reset();
+        let encoded = |format: Format, n_rows: usize| n_rows * format.row_bytes(dim).expect("whole blocks");
+        let mut stack = |name, n_mats: usize, n_rows: usize| {
+            let format = Format::by_name(name).expect("listed");
+            let rows = random_rows(&mut self.random, format, 32, dim);
+            let source = self.repeated(&rows, n_mats * encoded(format, n_rows));
+            let part = Part { format, n_rows };
+            let matrix = Matrix::new(&self.bench.arena, "w", &[part], Layout::Stacked, dim, n_mats)?;
+            matrix.fill(&self.bench.kernels, 0, format, &[&source])?;
+            Ok::<Matrix, CudaError>(matrix)
+        };
+        let router = stack("F32", 1, n_experts).expect("fits");
+        let down = stack("MXFP4", n_experts, dim).expect("fits");
+        let (x, weight) = (self.floats(8 * dim, 1.0), self.floats(dim, 1.0));
+        let rows = |data| HalfRows { data, stride: dim };
+        let (normed, hidden) = (rows(self.halves(8 * dim)), rows(self.halves(8 * n_used * dim)));
+        let scores = self.bench.zeros::<f32>(8 * n_experts);
+        // Each launch has other experts: together they are larger than the cache.
+        let choices: Vec<Choices> = (0..8)
+            .map(|first| {
+                let experts: Vec<i32> = (0..8 * n_used as i32).map(|i| (4 * first + i) % n_experts as i32).collect();
+                let weights = self.bench.upload(&vec![0.25_f32; 8 * n_used]);
+                Choices { experts: self.bench.upload(&experts), weights, n_experts, n_used }
+            })
+            .collect();
+        let routed = Choices { experts: self.bench.zeros(8 * n_used), ..choices[0].clone() };
+        let (y, nothing) = (self.bench.zeros::<f32>(8 * n_used * dim), self.bench.zeros::<f32>(1));
+        let (kernels, sum) = (&self.bench.kernels, Rows { data: self.bench.zeros::<f32>(8 * dim), stride: dim });
+        for n in [1, 8] {
+            let work = Work::Bytes((4 * n_experts * dim) as f64);
+            self.line(&format!("moe router {n_experts} x {dim}, {n}, one launch"), work, 1, |_| {
+                let norm = NormInput { x: &x, weight: &weight, eps: 1e-5 };
+                let (scores, choices) = (&scores, &routed);
+                Router { norm, matrix: &router, bias: None, normed: &normed, scores, choices }.launch(kernels, n)
+            });
+            self.line(&format!("moe router {n_experts} x {dim}, {n}, three"), work, 1, |_| {
+                rms_norm(kernels, &RmsNorm { x: &x, weight: &weight, rows: None, eps: 1e-5, y: &normed }, n)?;
+                let output = Output::Store(Rows { data: scores.clone(), stride: n_experts });
+                let (matrix, experts) = (&router, Experts::One);
+                let product = Product { matrix, x: &normed, n, bias: None, bias_up: None, experts, output };
+                product.launch(kernels, &nothing)?;
+                routed.route(kernels, &scores, n)
+            });
+            let work = Work::Bytes((n * n_used * encoded(Format::by_name("MXFP4").expect("listed"), dim)) as f64);
+            self.line(&format!("moe down {n_used} x {dim} x {dim}, {n}"), work, 8, |i| {
+                let experts = Experts::Jobs { mats: choices[i % 8].experts.clone(), per_row: 1 };
+                let output = Output::Store(Rows { data: y.clone(), stride: dim });
+                let (matrix, n_jobs) = (&down, n * n_used);
+                let product = Product { matrix, x: &hidden, n: n_jobs, bias: None, bias_up: None, experts, output };
+                product.launch(kernels, &nothing)?;
+                choices[i % 8].combine(kernels, (&sum.data, &y), dim, None, n)
+            });
         }
     }
 
