@@ -239,8 +239,7 @@ DEVICE void prefetch_constants(const MatmulArgs &args, int mat, int block, int t
 // Tiles of a warp that become operands while the predecessor runs.
 constexpr int EARLY = 4;
 
-// A lane's operands of those tiles, in shared memory: [tile][step of 16 k][lane].
-DEVICE void keep_fragments(uint4 *kept, const uint32_t (&a)[4], int s) { kept[s * WARP] = make_uint4(a[0], a[1], a[2], a[3]); }
+constexpr int KEPT = 4 * WARP; // of a tile's operands, in shared memory: [step of 16 k][lane]
 
 DEVICE void multiply_kept(float (&acc)[4], const uint4 *kept, const uint32_t (&b)[8]) {
     uint4 all[4];
@@ -267,6 +266,35 @@ struct Way {
     }
 };
 
+// Makes operands of the first tiles, of which a lane keeps its own, and loads the next ones into their registers.
+template <int KIND, int DEPTH>
+DEVICE void make_early(uint4 *kept, RawTile<KIND> (&raw)[DEPTH], const Planes &planes, const Way &way, int block, int lane) {
+    int n_next;
+    const size_t next = way.after(n_next, block, way.begin, DEPTH);
+#pragma unroll
+    for (int d = 0; d < min(EARLY, DEPTH); d++) {
+        if (way.begin + d < way.end) {
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+                uint32_t a[4];
+                fragment(a, raw[d], s);
+                kept[d * KEPT + s * WARP] = make_uint4(a[0], a[1], a[2], a[3]);
+            }
+        }
+        if (d < n_next) load_tile(raw[d], planes, next + d, lane);
+    }
+}
+
+// A lane's operands of x for one tile: from where they are staged, or from a row of f16.
+template <bool STAGED> DEVICE void take_x(uint32_t (&b)[8], const half *own) {
+    if constexpr (STAGED) {
+        take_staged(b, own);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) b[i] = *reinterpret_cast<const uint32_t *>(own + 8 * i);
+    }
+}
+
 // The stripes of block `block` of the `n_blocks` that share a product.
 template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args, SmallShared &own, uint8_t *shared, int block, int n_blocks) {
     constexpr int DEPTH = depth<KIND>();
@@ -287,24 +315,9 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
     prefetch_constants(args, mat, block, warp * WARP + lane, blockDim.y * WARP);
     half *xs = reinterpret_cast<half *>(shared);
     // The first tiles become operands now, and their registers take the next ones. In shared memory, since registers are short.
-    const bool is_early = STAGED && args.early;
-    uint4 *kept = reinterpret_cast<uint4 *>(xs + args.n * shared_stride(args.n_tiles)) + warp * EARLY * 4 * WARP + lane;
-    if (is_early) {
-        int n_next;
-        const size_t next = way.after(n_next, block, begin, DEPTH);
-#pragma unroll
-        for (int d = 0; d < min(EARLY, DEPTH); d++) {
-            if (begin + d < end) {
-#pragma unroll
-                for (int s = 0; s < 4; s++) {
-                    uint32_t a[4];
-                    fragment(a, raw[d], s);
-                    keep_fragments(kept + d * 4 * WARP, a, s);
-                }
-            }
-            if (d < n_next) load_tile(raw[d], args.w, next + d, lane);
-        }
-    }
+    uint4 *kept = reinterpret_cast<uint4 *>(xs + args.n * shared_stride(args.n_tiles)) + warp * EARLY * KEPT + lane;
+    bool is_kept = STAGED && args.early; // what the first tiles of the loop are
+    if (is_kept) make_early(kept, raw, args.w, way, block, lane);
     wait_for_predecessor();
     if (STAGED) stage_x(xs, own.squares, args, x, warp * WARP + lane, blockDim.y * WARP);
     // Columns that there are not repeat the first: their sums are not written.
@@ -313,7 +326,6 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
                                 : x + static_cast<size_t>(column) * args.x_stride + 2 * (lane % 4);
 
     int turn = 0;
-    bool is_kept = is_early; // what the first tiles of the loop are
     for (int stripe = block; stripe < args.n_stripes; stripe += n_blocks) {
         const Ends ends = load_ends(args, mat, stripe, job, warp * WARP + lane);
         float acc[4] = {};
@@ -323,21 +335,17 @@ template <int KIND, bool STAGED> DEVICE void matmul_small(const MatmulArgs &args
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) {
                 const int tile = tile0 + d;
+                const bool is_ready = STAGED && d < EARLY && is_kept;
                 if (tile < end) {
                     uint32_t b[8];
-                    if constexpr (STAGED) {
-                        take_staged(b, x_lane + tile * TILE_K);
-                    } else {
-#pragma unroll
-                        for (int i = 0; i < 8; i++) b[i] = *reinterpret_cast<const uint32_t *>(x_lane + tile * TILE_K + 8 * i);
-                    }
-                    if (STAGED && d < EARLY && is_kept) {
-                        multiply_kept(acc, kept + d * 4 * WARP, b);
+                    take_x<STAGED>(b, x_lane + tile * TILE_K);
+                    if (is_ready) {
+                        multiply_kept(acc, kept + d * KEPT, b);
                     } else {
                         multiply_tile(acc, raw[d], b);
                     }
                 }
-                if (d < n_next && !(STAGED && d < EARLY && is_kept)) load_tile(raw[d], args.w, next + d, lane);
+                if (d < n_next && !is_ready) load_tile(raw[d], args.w, next + d, lane);
             }
             is_kept = false;
         }
