@@ -1,11 +1,15 @@
 // Attention for spans of few tokens: a warp has up to 16 rows of one kv head and one split of 128 positions; attention_merge
 // adds the splits in order.   q, out, caches: attention.cuh
-// Grid (n_items, NKV, max_splits), block 32, shared 2 stages: the whole split is in flight at once.   Bound by: reading the cache once.
+// Grid (n_items, NKV, max_splits), block 32, shared n_stages stages.   Bound by: reading the cache once.
+// With 2 stages a whole split is in flight at once; with 1 its tiles come one by one, and twice as many warps share a multiprocessor: where
+// there are many, they hide each other's waits.
 // A split that its rows do not see returns at once, so that one grid (and one captured graph) serves every length.
 // Reference: f64 softmax, rel err <= 2^-9; bit for bit attention_prefill.cu.
 #include "attention.cuh"
 
-template <class KV, int HS> DEVICE void attention_decode(const AttentionArgs &args) {
+static_assert(SPLIT_TILES == 2, "a split in flight has two stages");
+
+template <class KV, int HS> DEVICE void attention_decode(const AttentionArgs &args, int n_stages) {
     extern __shared__ __align__(128) uint8_t shared[];
     const uint32_t tiles = shared_address(shared);
     const AttentionItem item = args.items[blockIdx.x];
@@ -19,19 +23,23 @@ template <class KV, int HS> DEVICE void attention_decode(const AttentionArgs &ar
     if (first >= end) return;
 
     const unsigned *table = args.tables + item.table;
-    for (int i = 0; i < SPLIT_TILES; i++) {
-        if (first + i < end) {
-            KV::template copy<HS, 32>(tiles + i * KV::template STAGE<HS>, args, table, first + i, high + 1, kv_head);
-        }
+    const auto stage_of = [&](int tile) { return tiles + (n_stages == 1 ? 0 : tile - first) * KV::template STAGE<HS>; };
+    const auto bring = [&](int tile) {
+        if (tile < end) KV::template copy<HS, 32>(stage_of(tile), args, table, tile, high + 1, kv_head);
         copy_async_commit();
-    }
+    };
+    bring(first);
+    if (n_stages == SPLIT_TILES) bring(first + 1);
     Rows<HS> rows;
     load_rows<KV, HS>(rows, args, item, item.first_row, kv_head, lane);
     clear(rows);
+#pragma unroll 1
     for (int tile = first; tile < end; tile++) {
-        if (tile == first) copy_async_wait<1>(); else copy_async_wait<0>();
+        if (tile == first && n_stages == SPLIT_TILES) copy_async_wait<1>(); else copy_async_wait<0>();
         __syncwarp();
-        attend<KV, HS>(rows, args, tiles + (tile - first) * KV::template STAGE<HS>, tile, lane);
+        attend<KV, HS>(rows, args, stage_of(tile), tile, lane);
+        __syncwarp(); // every lane has read the stage
+        if (n_stages == 1 && tile + 1 < end) bring(tile + 1);
     }
     float *out = args.partial +
                  ((static_cast<size_t>(blockIdx.x) * args.n_kv_heads + kv_head) * args.max_splits + split) * args.partial_rows * (HS + 2);
@@ -93,11 +101,11 @@ template <int HS> DEVICE void attention_merge(const AttentionArgs &args) {
 }
 
 #define ATTENTION_DECODE(HS)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(32) attention_decode_##HS(const AttentionArgs args) {                 \
-        attention_decode<HalfKv, HS>(args);                                                                            \
+    extern "C" __global__ void __launch_bounds__(32) attention_decode_##HS(const AttentionArgs args, int n_stages) {   \
+        attention_decode<HalfKv, HS>(args, n_stages);                                                                  \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(32) attention_decode_q8_##HS(const AttentionArgs args) {              \
-        attention_decode<ByteKv, HS>(args);                                                                            \
+    extern "C" __global__ void __launch_bounds__(32) attention_decode_q8_##HS(const AttentionArgs args, int n_stages) { \
+        attention_decode<ByteKv, HS>(args, n_stages);                                                                  \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(32) attention_merge_##HS(const AttentionArgs args) {                  \
         attention_merge<HS>(args);                                                                                     \

@@ -227,6 +227,11 @@ fn n_splits(scene: &Scene) -> usize {
     scene.spans.iter().map(|s| (s.before + s.n).div_ceil(SPLIT)).max().expect("there are sequences")
 }
 
+/// Splits of a grid so large that each of its blocks has one stage, whatever the head size: 32 blocks a multiprocessor are the most.
+fn many_splits(bench: &Bench, scene: &Scene, cut: &Cut) -> usize {
+    2 * 32 * bench.gpu.info().n_sms as usize / (cut.items.len() * scene.heads.n_kv_heads) + 1
+}
+
 /// Bits of the rows of some tokens, padding left out.
 fn row_bits(scene: &Scene, out: &[f16], tokens: std::ops::Range<usize>) -> Vec<u16> {
     let width = scene.heads.n_heads * scene.heads.head_dim;
@@ -287,9 +292,12 @@ fn prefill_and_decode_agree_with_f64_and_with_each_other() {
             let many = prefill(&bench, &scene, &loaded, style, &prefill_items(&scene));
             assert_close(&scene, style, &many, "prefill");
             let all = 0..scene.positions.len();
-            // The last with a grid for longer sequences, as a captured graph has.
-            for (cut, more) in [(one_by_one(&scene), 0), (sixteen_rows(&scene), 0), (one_by_one(&scene), 3)] {
-                let few = decode(&bench, &scene, &loaded, style, &cut, n_splits(&scene) + more);
+            // The third with a grid for longer sequences, as a captured graph has; the last with one stage a block.
+            let (own, more) = (n_splits(&scene), n_splits(&scene) + 3);
+            let many_blocks = many_splits(&bench, &scene, &one_by_one(&scene)).max(own);
+            let cuts = [(one_by_one(&scene), own), (sixteen_rows(&scene), own), (one_by_one(&scene), more)];
+            for (cut, max_splits) in cuts.into_iter().chain([(one_by_one(&scene), many_blocks)]) {
+                let few = decode(&bench, &scene, &loaded, style, &cut, max_splits);
                 let same = row_bits(&scene, &many, all.clone()) == row_bits(&scene, &few, all.clone());
                 assert!(same, "{style:?} {heads:?}, items of {} rows", cut.rows);
             }
@@ -349,6 +357,8 @@ fn an_unused_item_of_a_graph_does_nothing() {
         cut.items.insert(1, Item { first_token: 0, first_row: 0, n_rows: 0, table: 0 });
         let with = decode(&bench, &scene, &loaded, Style::default(), &cut, 2);
         assert_eq!(row_bits(&scene, &with, 0..2), row_bits(&scene, &without, 0..2));
+        let many_blocks = decode(&bench, &scene, &loaded, Style::default(), &cut, many_splits(&bench, &scene, &cut));
+        assert_eq!(row_bits(&scene, &many_blocks, 0..2), row_bits(&scene, &without, 0..2), "one stage a block");
     }
 }
 

@@ -236,14 +236,17 @@ impl Attention<'_> {
         self.check_decode(decode, partial)?;
         let DecodeItems { items, n_items, rows, max_splits } = *decode;
         let (split, merge) = decode_names(self.kv.format, self.heads.head_dim);
-        let shared = 2 * stage_bytes(self.kv.format, self.heads.head_dim);
+        let stage = stage_bytes(self.kv.format, self.heads.head_dim);
         let args = self.args(items, partial.ptr(), rows, max_splits);
         let n_kv_heads = self.heads.n_kv_heads as u32;
         let grid = (n_items as u32, n_kv_heads, max_splits as u32);
-        let launch = Launch { grid, block: (32, 1, 1), shared_bytes: shared, overlap: true };
-        let kernel = kernels.get("attention_decode", split, shared)?;
-        // SAFETY: as in `prefill`; `partial` holds every split of every item.
-        unsafe { kernel.launch(kernels.gpu(), launch, Args::new().with(args))? };
+        let info = kernels.gpu().info();
+        let n_stages = decode_stages(n_items * self.heads.n_kv_heads * max_splits, stage, info.n_sms, info.capability);
+        let launch = Launch { grid, block: (32, 1, 1), shared_bytes: n_stages * stage, overlap: true };
+        let kernel = kernels.get("attention_decode", split, SPLIT_STAGES * stage)?;
+        let with_stages = Args::new().with(args).with(n_stages as i32);
+        // SAFETY: as in `prefill`; `partial` holds every split of every item, and a block has the stages that it is told of.
+        unsafe { kernel.launch(kernels.gpu(), launch, with_stages)? };
         let grid = (n_items as u32, n_kv_heads, rows as u32);
         let launch = Launch { grid, block: (32, 1, 1), shared_bytes: 0, overlap: true };
         let kernel = kernels.get("attention_decode", merge, 0)?;
@@ -375,6 +378,22 @@ fn stage_bytes(format: KvFormat, head_dim: usize) -> u32 {
         KvFormat::Q8_0 => head_dim + 16 + 2 * head_dim.div_ceil(32),
     };
     (2 * TILE * row) as u32
+}
+
+/// Stages that hold a whole split. Mirrors `SPLIT_TILES`.
+const SPLIT_STAGES: u32 = 2;
+
+/// Stages of a block of the decode kernel: a whole split's, so that all of it is on its way at once, or one where there are so many
+/// blocks that the device holds them in several rounds either way, for it holds twice as many then.
+fn decode_stages(n_blocks: usize, stage_bytes: u32, n_sms: u32, capability: (u32, u32)) -> u32 {
+    let shared_of_sm: u32 = match capability {
+        (8, 0) => 164 << 10,
+        (9 | 10, _) => 228 << 10,
+        _ => 100 << 10,
+    };
+    // The driver keeps a kilobyte of each block, and a multiprocessor has 32 of them at most.
+    let at_once = (shared_of_sm / (SPLIT_STAGES * stage_bytes + 1024)).clamp(1, 32) * n_sms;
+    if n_blocks > 2 * at_once as usize { 1 } else { SPLIT_STAGES }
 }
 
 /// Shared memory of a unit of a step: two stages, scores, the new key and value, the largest scores. Mirrors `UnitShared`.
@@ -625,6 +644,18 @@ mod tests {
             // What follows a stage is read sixteen bytes at a time.
             assert!(stage_bytes(format, dim).is_multiple_of(16), "{format:?} {dim}");
         }
+    }
+
+    #[test]
+    fn many_blocks_have_one_stage_each() {
+        let stages = |heads: usize, dim, n_sequences: usize| {
+            decode_stages(n_sequences * heads * 5, stage_bytes(KvFormat::F16, dim), 132, (9, 0))
+        };
+        // Llama-3-8B after 512 tokens: three blocks of two stages on a multiprocessor, 396 at once.
+        assert_eq!([1, 16, 19, 20, 64, 256].map(|n| stages(8, 128, n)), [2, 2, 2, 1, 1, 1]);
+        // Qwen2.5-0.5B: six.
+        assert_eq!([64, 158, 159, 256].map(|n| stages(2, 64, n)), [2, 2, 1, 1]);
+        assert_eq!(decode_stages(10_000, stage_bytes(KvFormat::F16, 128), 128, (8, 9)), 1);
     }
 
     #[test]
