@@ -159,7 +159,8 @@ impl admin::House for Operated {
         }
         let (reply, outcome) = oneshot::channel();
         self.reloads.send(reply).await.map_err(|_| Failure::stopping())?;
-        outcome.await.unwrap_or_else(|_| Err(Failure::ended()))
+        // What was asked for and not looked at yet goes when the house stops, and when it ends.
+        outcome.await.unwrap_or_else(|_| Err(unanswered(self.stopping.load(Ordering::Relaxed))))
     }
 
     async fn restart(&self, target: &str) -> Result<Restarted, Failure> {
@@ -183,11 +184,22 @@ impl admin::House for Operated {
     }
 }
 
+/// Why nobody answered.
+fn unanswered(stopping: bool) -> Failure {
+    if stopping { Failure::stopping() } else { Failure::ended() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use playhouse_actors::inventory::DeviceId;
     use playhouse_actors::messages::ReplicaId;
+
+    #[test]
+    fn who_is_not_answered_hears_whether_the_host_was_told_to_stop() {
+        assert_eq!(unanswered(true).to_string(), "the host is stopping");
+        assert_eq!(unanswered(false).to_string(), "the supervision tree has ended");
+    }
 
     #[test]
     fn what_was_told_before_anybody_listened_is_in_the_log() {
