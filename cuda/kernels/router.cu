@@ -28,9 +28,8 @@ struct RouterArgs {
 };
 
 constexpr int HELD = 16;                      // columns that a thread holds to sum their squares. Mirrored by `HELD` in launch/router.rs.
-constexpr int MOST_CHUNKS = 8;                // of `chunk_tiles`
-constexpr int OWN = HELD / MOST_CHUNKS;       // columns that a thread normalises
-static_assert(HELD * NORM_LANES / TILE_K % MOST_CHUNKS == 0, "the longest row has whole chunks, which are the longest");
+constexpr int OWN = HELD / MAX_CHUNKS;       // columns that a thread normalises
+static_assert(HELD * NORM_LANES / TILE_K % MAX_CHUNKS == 0, "the longest row has whole chunks, which are the longest");
 
 // A block's shared memory besides weights and activations.
 struct RouterShared {
@@ -47,12 +46,12 @@ template <int PER_LANE> DEVICE void add_and_choose(const RouterArgs &args, const
         const int e = lane + WARP * i;
         own[i] = -INFINITY;
         if (e >= args.n_experts) continue;
-        float part[MOST_CHUNKS];
+        float part[MAX_CHUNKS];
 #pragma unroll
-        for (int c = 0; c < MOST_CHUNKS; c++) part[c] = c < n_chunks ? from_block(own_block.partial + e, c) : 0.0f;
+        for (int c = 0; c < MAX_CHUNKS; c++) part[c] = c < n_chunks ? from_block(own_block.partial + e, c) : 0.0f;
         float sum = 0.0f;
 #pragma unroll
-        for (int c = 0; c < MOST_CHUNKS; c++) {
+        for (int c = 0; c < MAX_CHUNKS; c++) {
             if (c < n_chunks) sum += part[c];
         }
         const float v = args.out_scale * sum + own_block.bias[e]; // as `finish_stripe`
