@@ -22,6 +22,18 @@ pub struct GpuInfo {
     pub memory_bytes: u64,
 }
 
+/// Bytes of shared memory of a multiprocessor. The driver keeps [`SHARED_OF_DRIVER`] of them for each block.
+pub(crate) fn shared_of_multiprocessor(capability: (u32, u32)) -> usize {
+    match capability {
+        (8, 0) => 164 << 10,
+        (9 | 10, _) => 228 << 10,
+        _ => 100 << 10,
+    }
+}
+
+/// Bytes of shared memory that the driver keeps for each block.
+pub(crate) const SHARED_OF_DRIVER: usize = 1 << 10;
+
 /// A device with a context and a stream, owned by one thread at a time.
 ///
 /// The stream is non-blocking with respect to the legacy default stream. Dropping the last handle destroys both; on a

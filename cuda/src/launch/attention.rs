@@ -3,6 +3,7 @@
 use super::matrix::HalfRows;
 use crate::arena::Buffer;
 use crate::error::CudaError;
+use crate::gpu::{SHARED_OF_DRIVER, shared_of_multiprocessor};
 use crate::kernels::{Args, Kernels, Launch};
 use half::f16;
 
@@ -386,14 +387,10 @@ const SPLIT_STAGES: u32 = 2;
 /// Stages of a block of the decode kernel: a whole split's, so that all of it is on its way at once, or one where there are so many
 /// blocks that the device holds them in several rounds either way, for it holds twice as many then.
 fn decode_stages(n_blocks: usize, stage_bytes: u32, n_sms: u32, capability: (u32, u32)) -> u32 {
-    let shared_of_sm: u32 = match capability {
-        (8, 0) => 164 << 10,
-        (9 | 10, _) => 228 << 10,
-        _ => 100 << 10,
-    };
-    // The driver keeps a kilobyte of each block, and a multiprocessor has 32 of them at most.
-    let at_once = (shared_of_sm / (SPLIT_STAGES * stage_bytes + 1024)).clamp(1, 32) * n_sms;
-    if n_blocks > 2 * at_once as usize { 1 } else { SPLIT_STAGES }
+    let of_block = (SPLIT_STAGES * stage_bytes) as usize + SHARED_OF_DRIVER;
+    // A multiprocessor has 32 blocks at most.
+    let at_once = (shared_of_multiprocessor(capability) / of_block).clamp(1, 32) * n_sms as usize;
+    if n_blocks > 2 * at_once { 1 } else { SPLIT_STAGES }
 }
 
 /// Shared memory of a unit of a step: two stages, scores, the new key and value, the largest scores. Mirrors `UnitShared`.

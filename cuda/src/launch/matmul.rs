@@ -4,6 +4,7 @@ use super::matrix::{HalfRows, Kind, Matrix, Planes, TILE_K, TILE_ROWS, TileShape
 use super::wide::{self, Wide};
 use crate::arena::Buffer;
 use crate::error::CudaError;
+use crate::gpu::{SHARED_OF_DRIVER, shared_of_multiprocessor};
 use crate::kernels::{Args, Kernels, Launch};
 use half::f16;
 
@@ -502,10 +503,8 @@ pub(super) struct SmallShared {
     pub(super) early: bool,
 }
 
-/// Shared memory of a multiprocessor of Hopper.
-const SHARED_OF_SM: usize = 228 << 10;
 /// What a block of the small kernel has besides x and early operands: sums of chunks and of squares, and what the driver keeps.
-const OWN_BYTES: usize = 2 * MAX_CHUNKS * TILE_ROWS * SMALL_COLUMNS * 4 + 8 * 8 * 4 + 1024;
+const OWN_BYTES: usize = 2 * MAX_CHUNKS * TILE_ROWS * SMALL_COLUMNS * 4 + 8 * 8 * 4 + SHARED_OF_DRIVER;
 /// Early operands of a warp: tiles of f16. Mirrors `EARLY` of `small.cuh`.
 const EARLY_BYTES: usize = 4 * TILE_ROWS * TILE_K * 2;
 
@@ -516,7 +515,11 @@ fn has_early(capability: (u32, u32)) -> bool {
 
 /// Most shared memory that a block of the small kernel asks for.
 pub(super) fn most_shared(capability: (u32, u32)) -> u32 {
-    if has_early(capability) { (SHARED_OF_SM / SMALL_BLOCKS - OWN_BYTES) as u32 } else { STAGED_BYTES }
+    if has_early(capability) {
+        (shared_of_multiprocessor(capability) / SMALL_BLOCKS - OWN_BYTES) as u32
+    } else {
+        STAGED_BYTES
+    }
 }
 
 /// Whether blocks of the small kernel leave so much of the device that they start long before their predecessor ends, if it does as well.
@@ -533,7 +536,7 @@ pub(super) fn small_shared(n_tiles: usize, n: usize, worth_it: bool, capability:
     let staged = staged_bytes(n_tiles, n)?;
     let n_chunks = chunks(n_tiles);
     let with_early = staged as usize + n_chunks * EARLY_BYTES;
-    let room = (SHARED_OF_SM / (SMALL_WARPS / n_chunks)).saturating_sub(OWN_BYTES);
+    let room = (shared_of_multiprocessor(capability) / (SMALL_WARPS / n_chunks)).saturating_sub(OWN_BYTES);
     let early = worth_it && has_early(capability) && with_early <= room;
     Some(SmallShared { bytes: if early { with_early as u32 } else { staged }, early })
 }
@@ -634,7 +637,7 @@ mod tests {
                 let Some(shared) = small_shared(n_tiles, n, true, (9, 0)) else { continue };
                 let n_blocks = SMALL_WARPS / chunks(n_tiles);
                 assert!(
-                    n_blocks * (shared.bytes as usize + OWN_BYTES) <= SHARED_OF_SM,
+                    n_blocks * (shared.bytes as usize + OWN_BYTES) <= shared_of_multiprocessor((9, 0)),
                     "{n_blocks} blocks of {shared:?}, {n_tiles} tiles"
                 );
                 assert!(shared.bytes <= most_shared((9, 0)), "{shared:?}");
@@ -660,7 +663,10 @@ mod tests {
         assert_eq!([(256, 8), (256, 8)].map(|(n, chunks)| leaves_room(n, chunks, 132)), [false; 2]);
         assert_eq!(most_shared((8, 9)), STAGED_BYTES);
         // What the driver keeps of a block comes on top.
-        assert!(STAGED_BYTES as usize + OWN_BYTES - 1024 <= 99 << 10, "a block of a chip of the second rank");
+        assert!(
+            STAGED_BYTES as usize + OWN_BYTES - SHARED_OF_DRIVER <= 99 << 10,
+            "a block of a chip of the second rank"
+        );
     }
 
     #[test]
