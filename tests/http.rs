@@ -810,6 +810,13 @@ async fn the_document_has_every_endpoint_and_the_dashboard_stays_at_home() {
     let house = Setup::default().start().await;
     let document = get(house.address, "/openapi.json").send().await.json();
     assert_eq!(document["openapi"], "3.1.0");
+    let schemas = document["components"]["schemas"].as_object().expect("schemas");
+    let examples: Vec<_> = schemas
+        .values()
+        .flat_map(|schema| schema.get("examples"))
+        .flat_map(|list| list.as_array().expect("a list"))
+        .collect();
+    assert!(examples.len() >= 10 && examples.iter().all(|example| example["model"] == "basho"), "{examples:?}");
     for (path, operations) in document["paths"].as_object().expect("paths") {
         for method in operations.as_object().expect("operations").keys() {
             // An endpoint that is there answers with anything but these two.

@@ -11,15 +11,19 @@ use std::sync::LazyLock;
 
 static DOCUMENT: LazyLock<Value> = LazyLock::new(build);
 
-/// The endpoint. Beside what never changes it has the names of this house's models as examples, so that tools which
-/// try a document out get beyond "no such model".
+/// The endpoint. Beside what never changes it has the names of this house's models in its examples, so that they can be
+/// tried as they are.
 pub(super) async fn document(State(app): State<App>) -> Json<Value> {
     let names: Vec<String> = app.client.catalog().cards().map(|card| card.name.clone()).collect();
     let mut document = DOCUMENT.clone();
     if let Some(schemas) = document["components"]["schemas"].as_object_mut() {
         for schema in schemas.values_mut() {
-            if let Some(model) = schema.pointer_mut("/properties/model").filter(|_| !names.is_empty()) {
+            let Some(first) = names.first() else { break };
+            if let Some(model) = schema.pointer_mut("/properties/model") {
                 model["examples"] = json!(names);
+            }
+            for example in schema.get_mut("examples").and_then(Value::as_array_mut).into_iter().flatten() {
+                example["model"] = json!(first);
             }
         }
     }
@@ -72,30 +76,58 @@ fn operation(endpoint: &Endpoint) -> Value {
 }
 
 fn success(endpoint: &Endpoint) -> Value {
-    let mut answer = json!({ "description": "As asked", "content": {} });
-    match endpoint.gives {
-        Some(schema) => answer["content"] = content("application/json", schema),
-        None => {
-            let kind = match endpoint.path {
-                "/metrics" => "application/openmetrics-text",
-                "/" => "text/html",
-                "/app.js" => "text/javascript",
-                "/style.css" => "text/css",
-                _ => "text/event-stream",
-            };
-            answer["content"][kind] = json!({ "schema": { "type": "string" } });
-        }
+    let mut kinds = Map::new();
+    if let Some(schema) = endpoint.gives {
+        kinds.insert("application/json".to_owned(), json!({ "schema": reference(schema) }));
     }
-    let streams =
-        endpoint.takes.is_some_and(|schema| matches!(schema, "ChatRequest" | "CompletionRequest" | "ResponseRequest"));
-    if streams {
-        answer["content"]["text/event-stream"] = json!({ "schema": { "type": "string" } });
+    if let Some(kind) = text_kind(endpoint.path) {
+        kinds.insert(kind.to_owned(), json!({ "schema": { "type": "string" } }));
     }
-    answer
+    if let Some(event) = event(endpoint) {
+        kinds.insert("text/event-stream".to_owned(), json!({ "schema": event }));
+    }
+    json!({ "description": "As asked", "content": kinds })
+}
+
+fn text_kind(path: &str) -> Option<&'static str> {
+    match path {
+        "/metrics" => Some("application/openmetrics-text"),
+        "/" => Some("text/html"),
+        "/app.js" => Some("text/javascript"),
+        "/style.css" => Some("text/css"),
+        _ => None,
+    }
+}
+
+/// An event of the streams that an endpoint answers with.
+///
+/// `OpenAPI` 3.1 does not say what the schema of a stream describes; OpenAI's document and the tools that read streams
+/// have it describe one event of them, as the fields that the HTML standard's event streams have. 3.2 has a key of its
+/// own for that (`itemSchema`), and most tools refuse a document of 3.2 as yet.
+fn event(endpoint: &Endpoint) -> Option<Value> {
+    let document =
+        |schema: Value| json!({ "type": "string", "contentMediaType": "application/json", "contentSchema": schema });
+    let chunk = |name: &str| {
+        let chunk = document(json!({ "anyOf": [reference(name), reference("Error")] }));
+        json!({ "anyOf": [{ "const": "[DONE]" }, chunk] })
+    };
+    let data = match (endpoint.takes, endpoint.path) {
+        (Some("ChatRequest"), _) => chunk("ChatCompletionChunk"),
+        (Some("CompletionRequest"), _) => chunk("CompletionChunk"),
+        (Some("ResponseRequest"), _) => document(reference("ResponseEvent")),
+        (_, "/api/events") => document(json!({ "type": ["object", "array"] })),
+        _ => return None,
+    };
+    let name = json!({ "type": "string" });
+    Some(json!({ "type": "object", "required": ["data"], "properties": { "event": name, "data": data } }))
 }
 
 fn content(kind: &str, schema: &str) -> Value {
-    json!({ kind: { "schema": { "$ref": format!("#/components/schemas/{schema}") } } })
+    json!({ kind: { "schema": reference(schema) } })
+}
+
+fn reference(schema: &str) -> Value {
+    json!({ "$ref": format!("#/components/schemas/{schema}") })
 }
 
 fn failures(endpoint: &Endpoint) -> &'static [(&'static str, &'static str)] {
@@ -150,6 +182,21 @@ mod tests {
         assert_eq!(refs, names);
     }
 
+    /// Whoever takes `stream` answers with events, and their schemas are of documents.
+    #[test]
+    fn streams_are_described() {
+        let document = build();
+        for endpoint in ENDPOINTS {
+            let properties = &document["components"]["schemas"][endpoint.takes.unwrap_or("Any")]["properties"];
+            let streams = properties.get("stream").is_some() || endpoint.path == "/api/events";
+            let answer = &document["paths"][endpoint.path][endpoint.method]["responses"]["200"]["content"];
+            let data = answer["text/event-stream"].pointer("/schema/properties/data");
+            assert_eq!(data.is_some(), streams, "{}", endpoint.path);
+            let document = data.map(|data| data.pointer("/anyOf/1").unwrap_or(data));
+            assert!(document.is_none_or(|document| document["contentSchema"].is_object()), "{}", endpoint.path);
+        }
+    }
+
     fn collect(value: &Value, refs: &mut BTreeSet<String>) {
         match value {
             Value::Object(fields) => {
@@ -169,6 +216,8 @@ mod tests {
         for endpoint in ENDPOINTS {
             let operation = &document["paths"][endpoint.path][endpoint.method];
             assert_eq!(operation["summary"], endpoint.summary, "{} {}", endpoint.method, endpoint.path);
+            let kinds = operation["responses"]["200"]["content"].as_object().map_or(0, Map::len);
+            assert!(kinds > 0, "{} {} answers with something", endpoint.method, endpoint.path);
         }
     }
 }
