@@ -76,22 +76,41 @@ console.log("ok the sampling controls count");
 const house = async () => (await (await fetch(`${url}/api/status`)).json()).house;
 const replicas = async () => (await house()).devices.flatMap((device) => device.replicas);
 
-async function killed() {
-  const resumed = (await house()).router.requests.resumed;
-  // A long stream of another client, and the worker killed in the middle of it.
+/**
+ * A long stream of another client whose worker is stopped in the middle of it: its reader, what came so far, and the worker.
+ * Nothing if the stream was over before the signal came.
+ */
+async function interrupted() {
+  const workers = (await replicas()).map((replica) => replica.pid);
+  assert.ok(workers.every(Boolean), "each worker is a process of its own");
   const long = { model: "basho", prompt: "rain", max_tokens: 200, ignore_eos: true, seed: 7, stream: true, stream_options: { include_usage: true } };
   const response = await fetch(`${url}/v1/completions`, { method: "POST", body: JSON.stringify(long) });
-  let [text, victim] = ["", null];
-  for await (const piece of response.body.pipeThrough(new TextDecoderStream())) {
-    text += piece;
-    if (victim) continue;
-    victim = (await replicas()).find((replica) => replica.running > 0);
-    assert.ok(victim?.pid, "the stream's worker is a process of its own");
-    process.kill(victim.pid, "SIGKILL");
-    // And somebody at the page asks for another haiku while there is no worker.
-    await page.fill("#prompt", "snow on the village");
-    await page.click("#send");
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const begun = (await reader.read()).value;
+  workers.forEach((pid) => process.kill(pid, "SIGSTOP"));
+  // What the workers had written by then is read by now: two pictures in a row are the same.
+  const busy = async () => (await replicas()).map((replica) => replica.running).join();
+  for (let [last, now] = [null, await busy()]; last !== now; ) {
+    await new Promise((resolve) => setTimeout(resolve, 50));
+    [last, now] = [now, await busy()];
   }
+  const victim = (await replicas()).find((replica) => replica.running > 0);
+  workers.filter((pid) => pid !== victim?.pid).forEach((pid) => process.kill(pid, "SIGCONT"));
+  return victim && { reader, begun, victim };
+}
+
+async function killed() {
+  const resumed = (await house()).router.requests.resumed;
+  let stream;
+  for (let n = 0; !stream && n < 50; n += 1) stream = await interrupted();
+  assert.ok(stream, "a stream of 200 tokens is caught in the middle");
+  const { reader, victim } = stream;
+  process.kill(victim.pid, "SIGKILL");
+  // And somebody at the page asks for another haiku while there is no worker.
+  await page.fill("#prompt", "snow on the village");
+  await page.click("#send");
+  let text = stream.begun;
+  for (let next = await reader.read(); !next.done; next = await reader.read()) text += next.value;
   assert.match(text, /"completion_tokens":200\b/, "no token is lost");
   assert.ok(text.endsWith("data: [DONE]\n\n") && !text.includes('"error"'), text.slice(-500));
   await page.waitForSelector("#talk .assistant[data-done] >> nth=1", { timeout: 60_000 });

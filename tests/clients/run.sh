@@ -20,11 +20,12 @@ cp "$here/package.json" "$here"/*.mjs "$work/"
 "$work/venv/bin/python" "$here/openai_python.py" "$url" "$key"
 (cd "$work" && node openai_js.mjs "$url" "$key")
 # Generated requests, right and wrong: nothing may be answered with a 5xx that means a mistake of ours, with a status that
-# the document does not have, or with a body that does not fit it.
+# the document does not have, or with a body or an event that does not fit it. The same requests every time; another SEED
+# and more EXAMPLES look further.
 (cd "$work" && "$work/venv/bin/schemathesis" run "$url/openapi.json" --url "$url" --header "Authorization: Bearer $key" \
     --exclude-path /api/events --exclude-path-regex '^/models/(un)?load$' \
     --checks status_code_conformance,content_type_conformance,response_schema_conformance \
-    --max-examples "${EXAMPLES:-20}" --request-timeout 60 --phases examples,coverage,fuzzing)
+    --seed "${SEED:-1}" --max-examples "${EXAMPLES:-20}" --request-timeout 60 --phases examples,coverage,fuzzing)
 # What vLLM's boards ask for was measured meanwhile, by workers that are processes: how long requests waited, too.
 scraped=$(curl --silent --fail --header "Authorization: Bearer $key" "$url/metrics")
 for name in request_queue_time_seconds request_prefill_time_seconds request_inference_time_seconds iteration_tokens_total; do
