@@ -10,12 +10,14 @@ here=$(cd "$(dirname "$0")" && pwd)
 work=${WORK:-${TMPDIR:-/tmp}/playhouse-clients}
 mkdir -p "$work"
 
-[ -x "$work/venv/bin/schemathesis" ] || {
-    python3 -m venv "$work/venv"
+# Packages of other versions that are there from an earlier run go.
+cmp -s "$here/requirements.txt" "$work/requirements.txt" || {
+    python3 -m venv --clear "$work/venv"
     "$work/venv/bin/pip" install --quiet --requirement "$here/requirements.txt"
+    cp "$here/requirements.txt" "$work/"
 }
 cp "$here/package.json" "$here"/*.mjs "$work/"
-[ -d "$work/node_modules/openai" ] || (cd "$work" && npm install --no-audit --no-fund --silent)
+(cd "$work" && npm install --no-audit --no-fund --no-package-lock --silent)
 
 "$work/venv/bin/python" "$here/openai_python.py" "$url" "$key"
 (cd "$work" && node openai_js.mjs "$url" "$key")
