@@ -101,9 +101,9 @@ fn text_kind(path: &str) -> Option<&'static str> {
 
 /// An event of the streams that an endpoint answers with.
 ///
-/// `OpenAPI` 3.1 does not say what the schema of a stream describes; OpenAI's document and the tools that read streams
-/// have it describe one event of them, as the fields that the HTML standard's event streams have. 3.2 has a key of its
-/// own for that (`itemSchema`), and most tools refuse a document of 3.2 as yet.
+/// `OpenAPI` 3.1 does not say what the schema of a stream describes. Whoever reads streams by it, generators of requests
+/// and OpenAI's own document, has it describe one event; ours are objects of the fields that the HTML standard's event
+/// streams have. 3.2 has a key of its own for that, `itemSchema`, which tools for 3.1 do not know.
 fn event(endpoint: &Endpoint) -> Option<Value> {
     let document =
         |schema: Value| json!({ "type": "string", "contentMediaType": "application/json", "contentSchema": schema });
