@@ -3,7 +3,7 @@
 
 use super::App;
 use super::guard::Access;
-use super::routes::{ENDPOINTS, Endpoint};
+use super::routes::{Answer, ENDPOINTS, Endpoint};
 use axum::Json;
 use axum::extract::State;
 use serde_json::{Map, Value, json};
@@ -16,9 +16,8 @@ static DOCUMENT: LazyLock<Value> = LazyLock::new(build);
 pub(super) async fn document(State(app): State<App>) -> Json<Value> {
     let names: Vec<String> = app.client.catalog().cards().map(|card| card.name.clone()).collect();
     let mut document = DOCUMENT.clone();
-    if let Some(schemas) = document["components"]["schemas"].as_object_mut() {
+    if let (Some(first), Some(schemas)) = (names.first(), document["components"]["schemas"].as_object_mut()) {
         for schema in schemas.values_mut() {
-            let Some(first) = names.first() else { break };
             if let Some(model) = schema.pointer_mut("/properties/model") {
                 model["examples"] = json!(names);
             }
@@ -56,14 +55,14 @@ fn build() -> Value {
 fn operation(endpoint: &Endpoint) -> Value {
     let mut responses = json!({ "200": success(endpoint) });
     for (status, what) in failures(endpoint) {
-        responses[*status] = json!({ "description": what, "content": content("application/json", "Error") });
+        responses[*status] = json!({ "description": what, "content": { JSON: held(reference("Error")) } });
     }
     let mut operation = json!({ "summary": endpoint.summary, "responses": responses });
     if endpoint.access != Access::Public {
         operation["security"] = json!([{ "key": [] }, {}]);
     }
     if let Some(schema) = endpoint.takes {
-        operation["requestBody"] = json!({ "required": true, "content": content("application/json", schema) });
+        operation["requestBody"] = json!({ "required": true, "content": { JSON: held(reference(schema)) } });
     }
     let parameter = |name: &str, place: &str| json!([{ "name": name, "in": place, "required": place == "path", "schema": { "type": "string", "minLength": 1 } }]);
     if endpoint.path.contains("{id}") {
@@ -76,54 +75,43 @@ fn operation(endpoint: &Endpoint) -> Value {
 }
 
 fn success(endpoint: &Endpoint) -> Value {
-    let mut kinds = Map::new();
-    if let Some(schema) = endpoint.gives {
-        kinds.insert("application/json".to_owned(), json!({ "schema": reference(schema) }));
-    }
-    if let Some(kind) = text_kind(endpoint.path) {
-        kinds.insert(kind.to_owned(), json!({ "schema": { "type": "string" } }));
-    }
-    if let Some(event) = event(endpoint) {
-        kinds.insert("text/event-stream".to_owned(), json!({ "schema": event }));
-    }
-    json!({ "description": "As asked", "content": kinds })
+    const EVENTS: &str = "text/event-stream";
+    let content = match endpoint.gives {
+        Answer::Json(whole) => json!({ JSON: held(reference(whole)) }),
+        Answer::JsonOrChunks(whole, chunk) => {
+            let chunk = embedded(json!({ "anyOf": [reference(chunk), reference("Error")] }));
+            let data = json!({ "anyOf": [{ "const": "[DONE]" }, chunk] });
+            json!({ JSON: held(reference(whole)), EVENTS: held(event(data)) })
+        }
+        Answer::JsonOrEvents(whole, data) => {
+            json!({ JSON: held(reference(whole)), EVENTS: held(event(embedded(reference(data)))) })
+        }
+        Answer::Events => json!({ EVENTS: held(event(embedded(json!({ "type": ["object", "array"] })))) }),
+        Answer::Text(kind) => json!({ kind: held(json!({ "type": "string" })) }),
+    };
+    json!({ "description": "As asked", "content": content })
 }
 
-fn text_kind(path: &str) -> Option<&'static str> {
-    match path {
-        "/metrics" => Some("application/openmetrics-text"),
-        "/" => Some("text/html"),
-        "/app.js" => Some("text/javascript"),
-        "/style.css" => Some("text/css"),
-        _ => None,
-    }
-}
-
-/// An event of the streams that an endpoint answers with.
+/// An event of a stream.
 ///
 /// `OpenAPI` 3.1 does not say what the schema of a stream describes. Whoever reads streams by it, generators of requests
 /// and OpenAI's own document, has it describe one event; ours are objects of the fields that the HTML standard's event
 /// streams have. 3.2 has a key of its own for that, `itemSchema`, which tools for 3.1 do not know.
-fn event(endpoint: &Endpoint) -> Option<Value> {
-    let document =
-        |schema: Value| json!({ "type": "string", "contentMediaType": "application/json", "contentSchema": schema });
-    let chunk = |name: &str| {
-        let chunk = document(json!({ "anyOf": [reference(name), reference("Error")] }));
-        json!({ "anyOf": [{ "const": "[DONE]" }, chunk] })
-    };
-    let data = match (endpoint.takes, endpoint.path) {
-        (Some("ChatRequest"), _) => chunk("ChatCompletionChunk"),
-        (Some("CompletionRequest"), _) => chunk("CompletionChunk"),
-        (Some("ResponseRequest"), _) => document(reference("ResponseEvent")),
-        (_, "/api/events") => document(json!({ "type": ["object", "array"] })),
-        _ => return None,
-    };
+fn event(data: Value) -> Value {
     let name = json!({ "type": "string" });
-    Some(json!({ "type": "object", "required": ["data"], "properties": { "event": name, "data": data } }))
+    json!({ "type": "object", "required": ["data"], "properties": { "event": name, "data": data } })
 }
 
-fn content(kind: &str, schema: &str) -> Value {
-    json!({ kind: { "schema": reference(schema) } })
+/// A text that is a document.
+fn embedded(schema: Value) -> Value {
+    json!({ "type": "string", "contentMediaType": JSON, "contentSchema": schema })
+}
+
+const JSON: &str = "application/json";
+
+/// A body that a schema holds.
+fn held(schema: Value) -> Value {
+    json!({ "schema": schema })
 }
 
 fn reference(schema: &str) -> Value {

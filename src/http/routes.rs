@@ -18,10 +18,24 @@ pub(super) struct Endpoint {
     pub(super) summary: &'static str,
     /// Name of the schema of the body it takes.
     pub(super) takes: Option<&'static str>,
-    /// Name of the schema of what it answers; `None` is text.
-    pub(super) gives: Option<&'static str>,
+    pub(super) gives: Answer,
     handler: fn() -> MethodRouter<App>,
 }
+
+/// What an endpoint answers with. Documents are given by the names of their schemas.
+pub(super) enum Answer {
+    Json(&'static str),
+    /// The first, or where the body asks for a stream: events with the second or an error each, until `[DONE]`.
+    JsonOrChunks(&'static str, &'static str),
+    /// The first, or where the body asks for a stream: events with the second each, which say themselves which is the last.
+    JsonOrEvents(&'static str, &'static str),
+    /// Events without an end, with an object or a list each.
+    Events,
+    /// Text of this kind.
+    Text(&'static str),
+}
+
+use Answer::{Events, Json, JsonOrChunks, JsonOrEvents, Text};
 
 macro_rules! endpoint {
     ($method:ident $path:literal, $access:ident, $takes:expr, $gives:expr, $handler:path, $summary:literal) => {
@@ -39,30 +53,30 @@ macro_rules! endpoint {
 
 /// All of them.
 pub(super) const ENDPOINTS: &[Endpoint] = &[
-    endpoint!(get "/v1/models", Key, None, Some("ModelList"), openai::list, "The models that requests may name"),
-    endpoint!(get "/v1/models/{id}", Key, None, Some("Model"), openai::model, "One model, by name or alias"),
-    endpoint!(post "/v1/chat/completions", Key, Some("ChatRequest"), Some("ChatCompletion"), openai::chat, "Go on with a conversation; a stream if `stream` is true"),
-    endpoint!(post "/v1/completions", Key, Some("CompletionRequest"), Some("Completion"), openai::completions, "Go on with a text; a stream if `stream` is true"),
-    endpoint!(post "/v1/responses", Key, Some("ResponseRequest"), Some("Response"), openai::responses, "Go on with a conversation in the newer form; a stream if `stream` is true"),
-    endpoint!(post "/v1/embeddings", Key, Some("EmbeddingRequest"), Some("Embeddings"), openai::embeddings, "Texts as vectors"),
-    endpoint!(post "/tokenize", Key, Some("TokenizeRequest"), Some("Tokens"), tokens::tokenize, "The tokens of a text or a conversation"),
-    endpoint!(post "/detokenize", Key, Some("DetokenizeRequest"), Some("Text"), tokens::detokenize, "The text of tokens"),
-    endpoint!(post "/apply-template", Key, Some("TemplateRequest"), Some("Prompt"), tokens::apply_template, "The prompt that a conversation becomes"),
-    endpoint!(get "/models", Key, None, Some("ModelStates"), manage::list, "The models of the configuration with their state"),
-    endpoint!(post "/models/load", Admin, Some("ModelName"), Some("Success"), manage::load, "Have a configured model run"),
-    endpoint!(post "/models/unload", Admin, Some("ModelName"), Some("Success"), manage::unload, "End a model's replicas"),
-    endpoint!(get "/health", Public, None, Some("Health"), health::health, "Whether requests are taken"),
-    endpoint!(get "/v1/health", Public, None, Some("Health"), health::health, "The same"),
-    endpoint!(get "/health/live", Public, None, Some("Health"), health::live, "Whether the host answers"),
-    endpoint!(get "/health/ready", Public, None, Some("Health"), health::ready, "Whether the required models, or the one that is named, are ready"),
-    endpoint!(get "/metrics", Key, None, None, metrics::scrape, "Metrics for Prometheus"),
-    endpoint!(get "/version", Key, None, Some("Version"), health::version, "What this program is"),
-    endpoint!(get "/openapi.json", Public, None, Some("Any"), openapi::document, "This document"),
-    endpoint!(get "/api/status", Key, None, Some("Any"), status::status, "One picture of devices, replicas and queues"),
-    endpoint!(get "/api/events", Key, None, None, status::events, "What happens, as a stream"),
-    endpoint!(get "/", Public, None, None, dashboard::page, "The dashboard"),
-    endpoint!(get "/app.js", Public, None, None, dashboard::script, "The dashboard's script"),
-    endpoint!(get "/style.css", Public, None, None, dashboard::style, "The dashboard's style"),
+    endpoint!(get "/v1/models", Key, None, Json("ModelList"), openai::list, "The models that requests may name"),
+    endpoint!(get "/v1/models/{id}", Key, None, Json("Model"), openai::model, "One model, by name or alias"),
+    endpoint!(post "/v1/chat/completions", Key, Some("ChatRequest"), JsonOrChunks("ChatCompletion", "ChatCompletionChunk"), openai::chat, "Go on with a conversation; a stream if `stream` is true"),
+    endpoint!(post "/v1/completions", Key, Some("CompletionRequest"), JsonOrChunks("Completion", "CompletionChunk"), openai::completions, "Go on with a text; a stream if `stream` is true"),
+    endpoint!(post "/v1/responses", Key, Some("ResponseRequest"), JsonOrEvents("Response", "ResponseEvent"), openai::responses, "Go on with a conversation in the newer form; a stream if `stream` is true"),
+    endpoint!(post "/v1/embeddings", Key, Some("EmbeddingRequest"), Json("Embeddings"), openai::embeddings, "Texts as vectors"),
+    endpoint!(post "/tokenize", Key, Some("TokenizeRequest"), Json("Tokens"), tokens::tokenize, "The tokens of a text or a conversation"),
+    endpoint!(post "/detokenize", Key, Some("DetokenizeRequest"), Json("Text"), tokens::detokenize, "The text of tokens"),
+    endpoint!(post "/apply-template", Key, Some("TemplateRequest"), Json("Prompt"), tokens::apply_template, "The prompt that a conversation becomes"),
+    endpoint!(get "/models", Key, None, Json("ModelStates"), manage::list, "The models of the configuration with their state"),
+    endpoint!(post "/models/load", Admin, Some("ModelName"), Json("Success"), manage::load, "Have a configured model run"),
+    endpoint!(post "/models/unload", Admin, Some("ModelName"), Json("Success"), manage::unload, "End a model's replicas"),
+    endpoint!(get "/health", Public, None, Json("Health"), health::health, "Whether requests are taken"),
+    endpoint!(get "/v1/health", Public, None, Json("Health"), health::health, "The same"),
+    endpoint!(get "/health/live", Public, None, Json("Health"), health::live, "Whether the host answers"),
+    endpoint!(get "/health/ready", Public, None, Json("Health"), health::ready, "Whether the required models, or the one that is named, are ready"),
+    endpoint!(get "/metrics", Key, None, Text("application/openmetrics-text"), metrics::scrape, "Metrics for Prometheus"),
+    endpoint!(get "/version", Key, None, Json("Version"), health::version, "What this program is"),
+    endpoint!(get "/openapi.json", Public, None, Json("Any"), openapi::document, "This document"),
+    endpoint!(get "/api/status", Key, None, Json("Any"), status::status, "One picture of devices, replicas and queues"),
+    endpoint!(get "/api/events", Key, None, Events, status::events, "What happens, as a stream"),
+    endpoint!(get "/", Public, None, Text("text/html"), dashboard::page, "The dashboard"),
+    endpoint!(get "/app.js", Public, None, Text("text/javascript"), dashboard::script, "The dashboard's script"),
+    endpoint!(get "/style.css", Public, None, Text("text/css"), dashboard::style, "The dashboard's style"),
 ];
 
 /// The router of all endpoints with what stands in front of them.
