@@ -244,7 +244,7 @@ fn a_company_of_two_hundred_and_fifty_five_changes_nothing() {
     for subject in subjects() {
         let baseline = subject.baseline();
         // The most that a step holds are 256: each request of the table, its four neighbours there and 251 more.
-        for (n_strangers, prefill_chunk) in [(1, 512), (7, 64), (32, 16), (60, 100), (130, 33), (251, 512)] {
+        for (n_strangers, prefill_chunk) in [(1, 512), (7, 64), (32, 16), (32, 512), (60, 100), (130, 33), (251, 512)] {
             let capacity = StepCapacity { n_kv_blocks: 2048, max_batch_tokens: 512, max_logit_rows: 256 };
             let options = EngineOptions { prefill_chunk, ..EngineOptions::default() };
             let mut engine = LlmEngine::new((subject.load)(capacity), options);
@@ -254,6 +254,7 @@ fn a_company_of_two_hundred_and_fifty_five_changes_nothing() {
             }
             requests.into_iter().for_each(|request| engine.submit(request).unwrap());
             let told = drain(&mut engine);
+            assert_eq!(told.len(), n_strangers as usize + baseline.len());
             for (request, expected) in &baseline {
                 let place = format!("{} {:?} among {n_strangers}", subject.name, request.id);
                 assert_eq!(&told[&request.id].bits(), expected, "{place}");
