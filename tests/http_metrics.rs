@@ -3,10 +3,8 @@
 mod http_support;
 
 use http_support::client::{get, post};
-use http_support::engines::{Counts, Gate, Pace, Speaker};
 use http_support::{Setup, TestHouse};
 use serde_json::json;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -110,10 +108,8 @@ async fn everything_that_vllms_boards_read_is_there() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn queue_time_is_the_time_until_the_first_step() {
-    let (gate, counts) = (Arc::new(Gate::default()), Counts::default());
-    let (permits, seen) = (gate.clone(), counts.clone());
-    let speak = move || Speaker::new(vec![300], false, Pace::Permits(permits.clone()), seen.clone());
-    let house = Setup::default().engine(move || Box::new(speak())).start().await;
+    let (setup, gate, counts) = Setup::gated();
+    let house = setup.start().await;
     let body = json!({"model": "basho", "prompt": "a", "max_tokens": 2});
     let before = Instant::now();
     let asking = tokio::spawn(post(house.address, "/v1/completions", &body).send());

@@ -3,9 +3,7 @@
 use crate::half_sent;
 use crate::http_support::Setup;
 use crate::http_support::client::{get, post};
-use crate::http_support::engines::{Counts, Gate, Pace, Speaker};
 use serde_json::{Value, json};
-use std::sync::Arc;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn names_origins_and_ids() {
@@ -93,10 +91,7 @@ async fn the_admin_socket_needs_no_key() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_address_has_its_share_of_connections_whatever_it_says_of_itself() {
-    let gate = Arc::new(Gate::default());
-    let pace = Pace::Permits(gate.clone());
-    let mut setup =
-        Setup::default().engine(move || Box::new(Speaker::new(vec![300], false, pace.clone(), Counts::default())));
+    let (mut setup, gate, _) = Setup::gated();
     setup.settings.limits.connections_per_ip = 2;
     let house = setup.start().await;
     let body = json!({"model": "basho", "prompt": "a", "max_tokens": 3});

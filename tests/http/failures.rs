@@ -1,7 +1,6 @@
 //! What clients see of silence, of failures and of deaths, theirs and the workers'.
 
 use crate::http_support::client::{chunks_of, events_of, get, post};
-use crate::http_support::engines::{Counts, Gate, Pace, Speaker};
 use crate::http_support::{PATIENCE, Setup};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
@@ -11,9 +10,7 @@ use std::time::Duration;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_goes_away_cancels_its_request() {
-    let (gate, counts) = (Arc::new(Gate::default()), Counts::default());
-    let (pace, seen) = (Pace::Permits(gate.clone()), counts.clone());
-    let setup = Setup::default().engine(move || Box::new(Speaker::new(vec![300], false, pace.clone(), seen.clone())));
+    let (setup, gate, counts) = Setup::gated();
     let house = setup.start().await;
     for stream in [true, false] {
         let before = counts.cancelled.load(Ordering::SeqCst);
@@ -41,10 +38,7 @@ async fn a_client_that_goes_away_cancels_its_request() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn silence_is_filled_with_comments_and_a_death_with_patience() {
-    let gate = Arc::new(Gate::default());
-    let pace = Pace::Permits(gate.clone());
-    let mut setup =
-        Setup::default().engine(move || Box::new(Speaker::new(vec![300], false, pace.clone(), Counts::default())));
+    let (mut setup, gate, _) = Setup::gated();
     setup.settings.keep_alive = Duration::from_millis(50);
     let house = setup.start().await;
     let body = json!({"model": "basho", "prompt": "a", "max_tokens": 4, "stream": true});
@@ -73,10 +67,7 @@ async fn silence_is_filled_with_comments_and_a_death_with_patience() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn failures_have_their_status_before_the_stream_and_an_event_in_it() {
-    let gate = Arc::new(Gate::default());
-    let pace = Pace::Permits(gate.clone());
-    let mut setup =
-        Setup::default().engine(move || Box::new(Speaker::new(vec![300], false, pace.clone(), Counts::default())));
+    let (mut setup, gate, _) = Setup::gated();
     setup.config.host.limits.request_timeout = Duration::from_millis(300);
     let house = setup.start().await;
     let body = |stream: bool| json!({"model": "basho", "prompt": "a", "max_tokens": 100, "stream": stream});
@@ -94,9 +85,7 @@ async fn failures_have_their_status_before_the_stream_and_an_event_in_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_at_two_deaths_is_poison() {
-    let pace = Pace::Permits(Arc::new(Gate::default()));
-    let setup =
-        Setup::default().engine(move || Box::new(Speaker::new(vec![300], false, pace.clone(), Counts::default())));
+    let (setup, ..) = Setup::gated();
     let house = setup.start().await;
     let body = json!({"model": "basho", "prompt": "a", "max_tokens": 10});
     let asked = tokio::spawn(post(house.address, "/v1/completions", &body).send());
@@ -116,10 +105,7 @@ async fn a_request_at_two_deaths_is_poison() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn busy_loading_and_draining_say_when_to_come_back() {
-    let gate = Arc::new(Gate::default());
-    let pace = Pace::Permits(gate.clone());
-    let mut setup =
-        Setup::default().engine(move || Box::new(Speaker::new(vec![300], false, pace.clone(), Counts::default())));
+    let (mut setup, gate, _) = Setup::gated();
     setup.config.host.limits.queued_requests = 1;
     let (open, opened) = std::sync::mpsc::channel::<()>();
     let (inner, opened) = (setup.loader.clone(), std::sync::Mutex::new(opened));

@@ -7,6 +7,7 @@ pub(crate) mod client;
 pub(crate) mod engines;
 pub(crate) mod frames;
 
+use engines::{Counts, Gate, Pace, Speaker};
 use playhouse::backend::KvDtype;
 use playhouse::backend::cpu::CpuBackend;
 use playhouse::client::{Catalog, Client, ModelCard};
@@ -297,6 +298,14 @@ impl Setup {
             self.cards.push(Arc::new(card));
         }
         self
+    }
+
+    /// With a model that says the same token, one for each permit of the gate; and what it counts.
+    pub(crate) fn gated() -> (Self, Arc<Gate>, Counts) {
+        let (gate, counts) = (Arc::new(Gate::default()), Counts::default());
+        let (pace, seen) = (Pace::Permits(gate.clone()), counts.clone());
+        let speak = move || Speaker::new(vec![300], false, pace.clone(), seen.clone());
+        (Self::default().engine(move || Box::new(speak())), gate, counts)
     }
 
     /// Starts house and front; returns when the first model is ready.
