@@ -88,13 +88,14 @@ async function interrupted() {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   const begun = (await reader.read()).value;
   workers.forEach((pid) => process.kill(pid, "SIGSTOP"));
-  // What the workers had written by then is read by now: two pictures in a row are the same.
-  const busy = async () => (await replicas()).map((replica) => replica.running).join();
-  for (let [last, now] = [null, await busy()]; last !== now; ) {
+  // Two pictures in a row are the same: what the workers had written by then is read.
+  const running = (list) => list.map((replica) => replica.running).join();
+  let [last, now] = ["", await replicas()];
+  while (last !== running(now)) {
     await new Promise((resolve) => setTimeout(resolve, 50));
-    [last, now] = [now, await busy()];
+    [last, now] = [running(now), await replicas()];
   }
-  const victim = (await replicas()).find((replica) => replica.running > 0);
+  const victim = now.find((replica) => replica.running > 0);
   workers.filter((pid) => pid !== victim?.pid).forEach((pid) => process.kill(pid, "SIGCONT"));
   return victim && { reader, begun, victim };
 }
